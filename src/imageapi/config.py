@@ -1,0 +1,246 @@
+"""What the administrator chooses: the command line, and the environment that existing unit files set.
+
+`Config` is the whole choice; `Site` is the part of it that drivers, workers and the supervisor need: where things are.
+Both are values; nothing here touches the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from imageapi import __version__
+from imageapi.records import Key
+
+RbdBackend = Literal["auto", "kernel", "daemon"]
+
+DEFAULT_RUN_DIR = "/var/run/imageapi"
+DEFAULT_SOCKET = "/var/run/imageapi.sock"
+LOG_LEVELS = {
+    "PANIC": 50,
+    "FATAL": 50,
+    "ERROR": 40,
+    "WARN": 30,
+    "WARNING": 30,
+    "INFO": 20,
+    "DEBUG": 10,
+    "TRACE": 5,
+}
+"""The level names of the Go service, and Python's number for each."""
+
+
+class Site(msgspec.Struct, frozen=True, kw_only=True):
+    """Where everything of one server is. `instance` is the run directory's own random id (8 hex digits)."""
+
+    run_dir: str = DEFAULT_RUN_DIR
+    instance: str = "00000000"
+    rbd_backend: RbdBackend = "auto"
+
+    def mark(self, key: Key) -> str:
+        """What the kernel objects made for `key` carry, so that they are known for ours: at most 40 characters,
+        which fits `lo_file_name` (loop(4)) and the source of a mount."""
+        return f"{self.mark_prefix}{key.collection}/{key.id}"
+
+    @property
+    def mark_prefix(self) -> str:
+        """What every mark of this server begins with."""
+        return f"imageapi:{self.instance}:"
+
+    @property
+    def mounts_dir(self) -> str:
+        return f"{self.run_dir}/mounts"
+
+    @property
+    def logs_dir(self) -> str:
+        return f"{self.run_dir}/logs"
+
+    @property
+    def state_dir(self) -> str:
+        """Records; root's alone (mode 0700): they hold secrets."""
+        return f"{self.run_dir}/state"
+
+    @property
+    def supervisor_dir(self) -> str:
+        """What the supervisor keeps of each container's first process."""
+        return f"{self.run_dir}/supervisor"
+
+    @property
+    def helpers_dir(self) -> str:
+        """Sockets and export files of storage helpers; root's alone."""
+        return f"{self.run_dir}/helpers"
+
+    def mountpoint(self, token: int) -> str:
+        return f"{self.mounts_dir}/mount_{token:09d}"
+
+    def upperdir(self, token: int) -> str:
+        return f"{self.mounts_dir}/upper_{token:09d}"
+
+    def workdir(self, token: int) -> str:
+        return f"{self.mounts_dir}/work_{token:09d}"
+
+    def logfile(self, container: int, created: int) -> str:
+        """`created` is the container's creation as seconds since the epoch."""
+        return f"{self.logs_dir}/{container}-{created}.log"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be chosen. Times are seconds, sizes bytes."""
+
+    schemes: tuple[str, ...] = ("unix",)
+    host: str = "localhost"
+    port: int = 8080
+    socket_path: str = DEFAULT_SOCKET
+    run_dir: str = DEFAULT_RUN_DIR
+    allowed_hosts: tuple[str, ...] = ()
+    insecure_http: bool = False
+    first_id: int = 0
+    rbd_backend: RbdBackend = "auto"
+    stop_timeout: float = 30.0
+    operation_timeout: float = 25.0
+    cleanup_timeout: float = 10.0
+    graceful_timeout: float = 15.0
+    max_header_size: int = 1_000_000
+    max_body_size: int = 1_000_000
+    listen_limit: int = 0
+    keep_alive: float = 180.0
+    read_timeout: float = 30.0
+    write_timeout: float = 60.0
+    log_level: int = 20
+
+    def site(self, instance: str) -> Site:
+        return Site(run_dir=self.run_dir, instance=instance, rbd_backend=self.rbd_backend)
+
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+_SIZE_UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1024, "M": 10**6, "MB": 10**6, "MIB": 1 << 20}
+_SIZE = re.compile(r"(\d+)\s*([A-Za-z]*)")
+
+
+def duration(text: str) -> float:
+    """The seconds in `text`, written as Go does: `30s`, `1m30s`, `250ms`, `0`.
+
+    Raises: ValueError.
+    """
+    if text == "0":
+        return 0.0
+    match = _DURATION.fullmatch(text)
+    if match is None or not any(match.groups()):
+        raise ValueError(f"'{text}' is no duration; write it as 30s, 1m30s or 250ms")
+    factors = (3600.0, 60.0, 1.0, 0.001)
+    return sum(float(part) * factor for part, factor in zip(match.groups(), factors, strict=True) if part)
+
+
+def size(text: str) -> int:
+    """The bytes in `text`: `1000000`, `1MiB`, `64KB`.
+
+    Raises: ValueError.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].upper() not in _SIZE_UNITS:
+        raise ValueError(f"'{text}' is no size; write it as 1000000, 64KB or 1MiB")
+    return int(match[1]) * _SIZE_UNITS[match[2].upper()]
+
+
+def _argument(read: Any) -> Any:
+    """`read` as argparse wants it: its ValueError becomes the message."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) > 2**31 - 1:
+        raise ValueError(f"'{text}' is no number from 0 to 2147483647")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise ValueError(f"'{text}' is no port; give 0 to 65535 (0: a free one)")
+    return int(text)
+
+
+def _directory(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError(f"'{text}' is no absolute path")
+    return text.rstrip("/") or "/"
+
+
+def _log_level(text: str) -> int:
+    if text.upper() not in LOG_LEVELS:
+        raise ValueError(f"'{text}' is no log level; the levels are {', '.join(LOG_LEVELS)}")
+    return LOG_LEVELS[text.upper()]
+
+
+TLS_OPTIONS = ("host", "port", "certificate", "key", "ca", "listen-limit", "keep-alive", "read-timeout", "write-timeout")
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    env = environment.get
+    parser = argparse.ArgumentParser(
+        prog="imageapi-server",
+        description="Attach block images, mount them and run containers on them, over a REST API.",
+        epilog="Durations are written 30s, 1m30s or 250ms; sizes 1000000, 64KB or 1MiB.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"imageapi-server {__version__}")
+
+    where = parser.add_argument_group("listeners")
+    where.add_argument("--scheme", action="append", choices=("http", "https", "unix"), dest="schemes",
+                       help="what to listen on; may repeat (unix)")
+    where.add_argument("--host", default=env("HOST", "localhost"), help="address of the http listener (localhost)")
+    where.add_argument("--port", type=_argument(_port), default=env("PORT", "8080"), help="its port; 0: a free one (8080)")
+    where.add_argument("--socket-path", type=_argument(_directory), default=DEFAULT_SOCKET,
+                       help=f"the unix listener ({DEFAULT_SOCKET})")
+    where.add_argument("--insecure-http", action="store_true", help="let plain http listen beyond loopback")
+    where.add_argument("--allowed-host", action="append", default=[], dest="allowed_hosts", metavar="NAME",
+                       help="a further name that the Host of a request may have; may repeat")
+    where.add_argument("--listen-limit", type=_argument(_whole), default=0, help="most connections at once (0: no limit)")
+    where.add_argument("--keep-alive", type=_argument(duration), default="3m", help="an idle connection's time (3m)")
+    where.add_argument("--read-timeout", type=_argument(duration), default="30s", help="to read a request (30s)")
+    where.add_argument("--write-timeout", type=_argument(duration), default="60s", help="to write an answer (60s)")
+    where.add_argument("--max-header-size", type=_argument(size), default="1000000", help="of a request (1000000)")
+    where.add_argument("--max-body-size", type=_argument(size), default="1000000", help="of a request (1000000)")
+    for option in TLS_OPTIONS:
+        where.add_argument(f"--tls-{option}", help=argparse.SUPPRESS)
+
+    work = parser.add_argument_group("work")
+    work.add_argument("--run-dir", type=_argument(_directory), default=DEFAULT_RUN_DIR,
+                      help=f"mounts, logs and state ({DEFAULT_RUN_DIR})")
+    work.add_argument("--first-id", type=_argument(_whole), default="0",
+                      help="where ids start (0; 1 for Go clients, whose encoder drops a 0)")
+    work.add_argument("--operation-timeout", type=_argument(duration), default="25s",
+                      help="an operation without progress is undone after it (25s)")
+    work.add_argument("--stop-timeout", type=_argument(duration), default="30s",
+                      help="from the request to exit until SIGKILL (30s)")
+    work.add_argument("--rbd-backend", choices=("auto", "kernel", "daemon"), default="auto",
+                      help="map images with the kernel's rbd driver or with qemu-storage-daemon (auto)")
+    work.add_argument("--cleanup-timeout", type=_argument(duration), default="10s",
+                      help="at the end, for what is being undone (10s)")
+    work.add_argument("--graceful-timeout", type=_argument(duration), default="15s",
+                      help="at the end, for requests under way (15s)")
+    work.add_argument("--log-level", type=_argument(_log_level), default=env("IMAGEAPI_LOGLEVEL", "INFO"),
+                      help="PANIC to TRACE (INFO)")
+    return parser
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """The choice made by a command line and an environment. Ends the process with a message when they are wrong."""
+    parser = _parser(environment)
+    chosen = vars(parser.parse_args(arguments))
+    schemes = tuple(dict.fromkeys(chosen.pop("schemes") or ("unix",)))
+    if "https" in schemes:
+        parser.error("--scheme https: this version has no TLS listener yet; use unix, or http on loopback")
+    values = {name: value for name, value in chosen.items() if not name.startswith("tls_")}
+    values["allowed_hosts"] = tuple(values["allowed_hosts"])
+    return Config(schemes=schemes, **values)

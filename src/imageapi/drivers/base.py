@@ -1,0 +1,83 @@
+"""What every kind of attachment and mount provides: three verbs, and what the engine must know before it acts.
+
+A driver is a module `drivers/attach/<kind>.py` or `drivers/mount/<kind>.py` with a class `Driver`. Its verbs run in a
+worker process, where they may block; they hold nothing in memory between calls. `release` needs only the record, may
+run days later, and is idempotent: it undoes a whole acquire, half of one, or nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+from imageapi.config import Site
+from imageapi.errors import Unsupported
+from imageapi.records import AnyRecord, Facts
+
+
+class Driver(Protocol):
+    """One kind."""
+
+    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+        """Make the object in the kernel. `inputs` are the live records it stands on, in the order of its spec's
+        `needs`. Leaves nothing when it fails.
+
+        Raises: errors.Problem with the remedy; OSError for what only the kernel can explain.
+        """
+        ...
+
+    def release(self, record: AnyRecord, site: Site) -> None:
+        """Undo all that acquire made, and prove it: it returns only when the kernel has let go.
+
+        Raises: errors.Conflict naming who holds it.
+        """
+        ...
+
+    def observe(self, record: AnyRecord, site: Site) -> Facts | None:
+        """What of the object stands in the kernel now; None when it is gone."""
+        ...
+
+    def read_only(self, definition: Any) -> bool:
+        """Whether nothing can be written through the object, so that it may be shared."""
+        ...
+
+    def identity(self, definition: Any) -> object | None:
+        """What is the same for two attachments of one image: a second read-write one is refused.
+        None where the kind has no such rule."""
+        ...
+
+    def store(self, definition: Any) -> str:
+        """The store whose failure would make this object's verbs hang: a limit on workers applies to each."""
+        ...
+
+
+LOCAL_STORE = "local"
+
+
+class LocalDriver:
+    """The defaults of a kind that touches this host alone."""
+
+    def read_only(self, definition: Any) -> bool:
+        return bool(getattr(definition, "ro", False))
+
+    def identity(self, definition: Any) -> object | None:
+        return None
+
+    def store(self, definition: Any) -> str:
+        return LOCAL_STORE
+
+
+@cache
+def driver(collection: str, kind: str) -> Driver:
+    """The driver of a kind.
+
+    Raises: errors.Unsupported when this build has none.
+    """
+    name = f"imageapi.drivers.{collection}.{kind}"
+    if importlib.util.find_spec(name) is None:
+        raise Unsupported(f"the {collection} kind '{kind}' has no driver yet")
+    found: Driver = importlib.import_module(name).Driver()
+    return found

@@ -1,0 +1,142 @@
+"""Everything that can go wrong for a user, and the one table that says how it is answered.
+
+    Problem                    500  what the kernel refused for a reason of its own, or a bug
+    ├── Malformed              400  the body is not JSON
+    ├── Forbidden              403  a foreign origin
+    ├── NotFound               404  no such route, id or name
+    ├── MethodNotAllowed       405
+    ├── Conflict               409  held, busy, or a name in use
+    ├── TooLarge               413
+    ├── UnsupportedMedia       415
+    ├── Misdirected            421  a Host that is not ours
+    ├── Invalid                422  wrong content, or what it names will not serve
+    ├── HeadersTooLarge        431
+    ├── Unsupported            501  a kind or option this host cannot do
+    ├── Exhausted              503  the host has run out of something
+    └── TimedOut               504  the host or a store did not finish in time
+
+A problem is one sentence that says what to do, and fields that help: `path` (JSON path), `step`, `errno`, `detail`
+(the kernel's words), `holders`. It travels between processes as the dict of `to_dict`.
+"""
+
+from __future__ import annotations
+
+import errno as codes
+from typing import Any, ClassVar
+
+
+class Problem(Exception):
+    """A failure with an answer: `code` is the HTTP status, str() the sentence, `fields` what helps."""
+
+    code: ClassVar[int] = 500
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = {name: value for name, value in fields.items() if value not in (None, "", [])}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return {"code": self.code, "message": self.message, **self.fields}
+
+
+class Malformed(Problem):
+    code = 400
+
+
+class Forbidden(Problem):
+    code = 403
+
+
+class NotFound(Problem):
+    code = 404
+
+
+class MethodNotAllowed(Problem):
+    code = 405
+
+
+class Conflict(Problem):
+    code = 409
+
+
+class TooLarge(Problem):
+    code = 413
+
+
+class UnsupportedMedia(Problem):
+    code = 415
+
+
+class Misdirected(Problem):
+    code = 421
+
+
+class Invalid(Problem):
+    code = 422
+
+
+class HeadersTooLarge(Problem):
+    code = 431
+
+
+class Unsupported(Problem):
+    code = 501
+
+
+class Exhausted(Problem):
+    code = 503
+
+
+class TimedOut(Problem):
+    code = 504
+
+
+BY_CODE: dict[int, type[Problem]] = {
+    problem.code: problem
+    for problem in (
+        Problem,
+        Malformed,
+        Forbidden,
+        NotFound,
+        MethodNotAllowed,
+        Conflict,
+        TooLarge,
+        UnsupportedMedia,
+        Misdirected,
+        Invalid,
+        HeadersTooLarge,
+        Unsupported,
+        Exhausted,
+        TimedOut,
+    )
+}
+
+EXHAUSTION = {
+    codes.ENOSPC: "no space is left; make room in the run directory's file system",
+    codes.EDQUOT: "a disk quota is used up; make room or raise it",
+    codes.EMFILE: "the process has no file descriptors left; raise LimitNOFILE",
+    codes.ENFILE: "the host has no file descriptors left; raise fs.file-max",
+    codes.ENOMEM: "the host has no memory left",
+    codes.EAGAIN: "the host has no processes left; raise kernel.pid_max or the pids limit",
+    codes.EROFS: "the file system is read-only; remount it read-write or choose another --run-dir",
+}
+"""What an errno says the host has run out of, and the remedy."""
+
+
+def from_dict(body: dict[str, Any]) -> Problem:
+    """The problem that `to_dict` described, as raised in another process."""
+    fields = {name: value for name, value in body.items() if name not in ("code", "message")}
+    return BY_CODE.get(body["code"], Problem)(body["message"], **fields)
+
+
+def from_oserror(error: OSError, step: str) -> Problem:
+    """The answer to an error of the kernel that nobody gave a better meaning: `step` says what was being done."""
+    number = error.errno or 0
+    name = codes.errorcode.get(number, str(number))
+    fields = {"step": step, "errno": name, "detail": getattr(error, "detail", "") or str(error)}
+    if number in EXHAUSTION:
+        return Exhausted(f"{step}: {EXHAUSTION[number]}", **fields)
+    if number == codes.ETIMEDOUT:
+        return TimedOut(f"{step}: it did not finish in time", **fields)
+    return Problem(f"{step}: {error.strerror or error} ({name})", **fields)
