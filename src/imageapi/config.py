@@ -181,7 +181,11 @@ def _log_level(text: str) -> int:
     return LOG_LEVELS[text.upper()]
 
 
-TLS_OPTIONS = ("host", "port", "certificate", "key", "ca", "listen-limit", "keep-alive", "read-timeout", "write-timeout")
+TLS_OPTIONS = (
+    *("host", "port", "certificate", "key", "ca"),
+    *("listen-limit", "keep-alive", "read-timeout", "write-timeout"),
+)
+"""Accepted, so that existing unit files start; they mean something once there is a TLS listener."""
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -199,13 +203,15 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     where.add_argument("--scheme", action="append", choices=("http", "https", "unix"), dest="schemes",
                        help="what to listen on; may repeat (unix)")
     where.add_argument("--host", default=env("HOST", "localhost"), help="address of the http listener (localhost)")
-    where.add_argument("--port", type=_argument(_port), default=env("PORT", "8080"), help="its port; 0: a free one (8080)")
+    where.add_argument("--port", type=_argument(_port), default=env("PORT", "8080"),
+                       help="its port; 0: a free one (8080)")
     where.add_argument("--socket-path", type=_argument(_directory), default=DEFAULT_SOCKET,
                        help=f"the unix listener ({DEFAULT_SOCKET})")
     where.add_argument("--insecure-http", action="store_true", help="let plain http listen beyond loopback")
     where.add_argument("--allowed-host", action="append", default=[], dest="allowed_hosts", metavar="NAME",
                        help="a further name that the Host of a request may have; may repeat")
-    where.add_argument("--listen-limit", type=_argument(_whole), default=0, help="most connections at once (0: no limit)")
+    where.add_argument("--listen-limit", type=_argument(_whole), default="0",
+                       help="most connections at once (0: no limit)")
     where.add_argument("--keep-alive", type=_argument(duration), default="3m", help="an idle connection's time (3m)")
     where.add_argument("--read-timeout", type=_argument(duration), default="30s", help="to read a request (30s)")
     where.add_argument("--write-timeout", type=_argument(duration), default="60s", help="to write an answer (60s)")

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple
 import msgspec
 
 from imageapi import spec
-from imageapi.spec import O, Object
+from imageapi.spec import O
 
 SCHEMA = 1
 """The version of the stored form. A record of another version is not read."""
@@ -86,7 +86,7 @@ class Record(msgspec.Struct, Generic[O], kw_only=True, omit_defaults=True):
     @property
     def kind(self) -> str:
         """The kind in the record's collection; a container's is `container`."""
-        return "container" if isinstance(self.spec, spec.Container) else self.spec.kind or ""
+        return getattr(self.spec, "kind", None) or self.spec.COLLECTION
 
     @property
     def definition(self) -> Any:
@@ -122,6 +122,3 @@ def decode(collection: str, data: bytes) -> AnyRecord:
     """
     record: AnyRecord = msgspec.json.decode(data, type=RECORD_TYPES[collection], dec_hook=spec.decode_hook)
     return record
-
-
-__all__ = ["RECORD_TYPES", "SCHEMA", "AnyRecord", "Facts", "Key", "Object", "Phase", "Record", "Run", "decode", "encode"]

@@ -5,7 +5,8 @@ a reference, one whose kind's own field is set is a definition. Planning replace
 of the record made for it, so one type serves the nested request, the flat record and the answer.
 
 A new kind is one struct and one field here, and one file in `drivers/`; the field's name is the kind.
-Specs are frozen: what the server learns is kept beside them, in `records`. Fields marked `SERVER` are only ever set in answers.
+Specs are frozen: what the server learns is kept beside them, in `records`. Fields marked `SERVER` are only ever set
+in answers.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class Secret:
         return hash(self._value)
 
 
-class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The base of all that a request may hold. Unknown fields are refused everywhere."""
 
 
 # ---------------------------------------------------------------------------------------------- attachments
 
 
-class RbdOptions(Spec):
+class RbdOptions(Spec, frozen=True):
     """The map options of the kernel's rbd driver (rbd(8), "KERNEL RBD (KRBD) OPTIONS")."""
 
     name: str | None = None
@@ -95,7 +96,7 @@ class RbdOptions(Spec):
     noudev: bool = False
 
 
-class Rbd(Spec):
+class Rbd(Spec, frozen=True):
     """A Ceph RBD image."""
 
     monitors: Annotated[list[Text], Meta(min_length=1)]
@@ -106,7 +107,7 @@ class Rbd(Spec):
     device_id: Annotated[int | None, SERVER] = None
 
 
-class Loopback(Spec):
+class Loopback(Spec, frozen=True):
     """A loop device on an image file, on the host or inside a mount."""
 
     path: Path
@@ -116,14 +117,14 @@ class Loopback(Spec):
     ro: bool = False
 
 
-class Local(Spec):
+class Local(Spec, frozen=True):
     """A block device the host has already."""
 
     path: Path
     ro: bool = False
 
 
-class Chap(Spec):
+class Chap(Spec, frozen=True):
     """iSCSI authentication (RFC 7143, CHAP); the mutual pair is what the target shows us."""
 
     user: Text
@@ -132,7 +133,7 @@ class Chap(Spec):
     mutual_secret: Secret | None = None
 
 
-class Iscsi(Spec):
+class Iscsi(Spec, frozen=True):
     """A logical unit of an iSCSI target."""
 
     initiator: Text
@@ -147,7 +148,7 @@ class Iscsi(Spec):
     device_id: Annotated[int | None, SERVER] = None
 
 
-class Attachment(Spec):
+class Attachment(Spec, frozen=True):
     """What ends in a block device: a reference by `id`, or one kind's definition."""
 
     COLLECTION: ClassVar[str] = "attach"
@@ -166,7 +167,7 @@ class Attachment(Spec):
 # --------------------------------------------------------------------------------------------------- mounts
 
 
-class Attach(Spec):
+class Attach(Spec, frozen=True):
     """A file system on an attachment. The type is always given, never guessed."""
 
     attach: Attachment
@@ -175,7 +176,7 @@ class Attach(Spec):
     kind: str | None = None
 
 
-class Overlay(Spec):
+class Overlay(Spec, frozen=True):
     """A writable view over other mounts; the first lower is the topmost."""
 
     lower: Annotated[list[Mount], Meta(min_length=1)]
@@ -183,7 +184,7 @@ class Overlay(Spec):
     workdir: Annotated[str | None, SERVER] = None
 
 
-class Bind(Spec):
+class Bind(Spec, frozen=True):
     """A directory of the host, or of another mount, seen again."""
 
     path: Path
@@ -193,7 +194,7 @@ class Bind(Spec):
     ro: bool = False
 
 
-class Nfs(Spec):
+class Nfs(Spec, frozen=True):
     """An export of an NFS server (nfs(5))."""
 
     host: Text
@@ -203,7 +204,7 @@ class Nfs(Spec):
     options: list[str] = []
 
 
-class Uri(Spec):
+class Uri(Spec, frozen=True):
     """An archive or image fetched into memory."""
 
     uri: Text
@@ -212,7 +213,7 @@ class Uri(Spec):
     format: Literal["tar", "squashfs", "erofs", "ext4"] | None = None
 
 
-class Mount(Spec):
+class Mount(Spec, frozen=True):
     """What ends in a directory: a reference by `id`, or one kind's definition."""
 
     COLLECTION: ClassVar[str] = "mount"
@@ -235,7 +236,7 @@ Name = Annotated[str, Meta(pattern=r"^(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,255}\Z")]
 State = Literal["created", "running", "stopping", "exited", "dead", "paused"]
 
 
-class Container(Spec):
+class Container(Spec, frozen=True, kw_only=True):
     """A command in a mount, in namespaces of its own."""
 
     COLLECTION: ClassVar[str] = "container"
@@ -261,7 +262,7 @@ Object = Attachment | Mount | Container
 """What a collection holds."""
 O = TypeVar("O", Attachment, Mount, Container)  # noqa: E741  (the object a function is about)
 
-COLLECTIONS: dict[str, type[Attachment] | type[Mount] | type[Container]] = {
+COLLECTIONS: dict[str, type[Attachment | Mount | Container]] = {
     "attach": Attachment,
     "mount": Mount,
     "container": Container,
@@ -272,7 +273,7 @@ COLLECTIONS: dict[str, type[Attachment] | type[Mount] | type[Container]] = {
 
 
 @cache
-def hints(struct: type[Any]) -> dict[str, Any]:
+def hints(struct: Any) -> dict[str, Any]:
     """The annotations of a struct's fields, markers included."""
     return {
         field: hint
@@ -282,7 +283,7 @@ def hints(struct: type[Any]) -> dict[str, Any]:
 
 
 @cache
-def server_fields(struct: type[Any]) -> frozenset[str]:
+def server_fields(struct: Any) -> frozenset[str]:
     """The fields of `struct` that only the server sets."""
     return frozenset(name for name, hint in hints(struct).items() if SERVER in getattr(hint, "__metadata__", ()))
 
@@ -306,7 +307,7 @@ def struct_of(hint: Any) -> type[Spec] | None:
 
 
 @cache
-def kinds(of: type[Attachment] | type[Mount]) -> dict[str, type[Spec]]:
+def kinds(of: Any) -> dict[str, type[Spec]]:
     """The kinds of a collection, and the struct of each: the fields of the object that hold one."""
     return {name: struct for name, hint in hints(of).items() if (struct := struct_of(hint)) is not None}
 
