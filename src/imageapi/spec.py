@@ -317,15 +317,22 @@ def definition(thing: Attachment | Mount) -> Spec | None:
     return getattr(thing, thing.kind) if thing.kind else None
 
 
-def needs(part: Any) -> list[Attachment | Mount]:
-    """The objects that `part` (a kind's own part, or a container) needs, in the order it names them."""
-    found: list[Attachment | Mount] = []
+def needs_at(part: Any) -> list[tuple[str, Attachment | Mount]]:
+    """The objects that `part` (a kind's own part, or a container) needs, in the order it names them, each with its
+    place in `part` as a JSON path: `.lower[0]`."""
+    found: list[tuple[str, Attachment | Mount]] = []
     for field in part.__struct_fields__:
         value = getattr(part, field)
-        for item in value if isinstance(value, list) else (value,):
-            if isinstance(item, Attachment | Mount):
-                found.append(item)
+        if isinstance(value, Attachment | Mount):
+            found.append((f".{field}", value))
+        elif isinstance(value, list):
+            found += [(f".{field}[{at}]", it) for at, it in enumerate(value) if isinstance(it, Attachment | Mount)]
     return found
+
+
+def needs(part: Any) -> list[Attachment | Mount]:
+    """The objects that `part` needs, in the order it names them."""
+    return [thing for _, thing in needs_at(part)]
 
 
 def own_part(thing: Object) -> Spec | None:

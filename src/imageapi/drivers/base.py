@@ -49,6 +49,10 @@ class Driver(Protocol):
         None where the kind has no such rule."""
         ...
 
+    def forced(self, definition: Any) -> bool:
+        """Whether the definition asks to be attached beside a writer all the same."""
+        ...
+
     def store(self, definition: Any) -> str:
         """The store whose failure would make this object's verbs hang: a limit on workers applies to each."""
         ...
@@ -65,6 +69,9 @@ class LocalDriver:
 
     def identity(self, definition: Any) -> object | None:
         return None
+
+    def forced(self, definition: Any) -> bool:
+        return False
 
     def store(self, definition: Any) -> str:
         return LOCAL_STORE

@@ -1,0 +1,205 @@
+"""All records, and who stands on whom.
+
+References are computed here from the edges in the specs and from `pinned`, and from nothing else. Nothing here waits,
+writes or asks the kernel, so each method is one step of the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from imageapi import spec
+from imageapi.errors import NotFound
+from imageapi.records import AnyRecord, Key, Phase
+
+
+class Picture(NamedTuple):
+    """An object as it is at one moment, with all it stands on, all the way down, and the references of each."""
+
+    record: AnyRecord
+    below: dict[Key, AnyRecord]
+    refs: dict[Key, int]
+
+
+def describe(record: AnyRecord) -> str:
+    """How a message names an object: `mount 1 (overlay)`, `container 0 (web)`."""
+    name = record.spec.name if isinstance(record.spec, spec.Container) else record.kind
+    return f"{record.key} ({name})" if name else str(record.key)
+
+
+def fingerprint(record: AnyRecord) -> bytes:
+    """What is the same for two objects that were asked for alike in every field, secrets included."""
+    return record.key.collection.encode() + msgspec.json.encode(record.spec, enc_hook=spec.revealing_hook)
+
+
+class Graph:
+    """The records of one server. Ids are counted per collection from `first_id`."""
+
+    def __init__(self, first_id: int = 0) -> None:
+        self._records: dict[str, dict[int, AnyRecord]] = {collection: {} for collection in spec.COLLECTIONS}
+        self._following = dict.fromkeys(spec.COLLECTIONS, first_id)
+        self._unused: set[Key] = set()
+        self._holders: defaultdict[Key, set[Key]] = defaultdict(set)
+        self._alike: defaultdict[bytes, set[Key]] = defaultdict(set)
+        self._names: dict[str, Key] = {}
+        self._tokens: set[int] = set()
+        self._hidden: set[Key] = set()
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def find(self, key: Key) -> AnyRecord | None:
+        return self._records[key.collection].get(key.id)
+
+    def get(self, key: Key) -> AnyRecord:
+        """The record, whether its create has succeeded or not.
+
+        Raises: NotFound.
+        """
+        record = self.find(key)
+        if record is None:
+            raise NotFound(f"there is no {key}")
+        return record
+
+    def visible(self, key: Key) -> AnyRecord:
+        """The record, if its create has succeeded.
+
+        Raises: NotFound.
+        """
+        if key in self._hidden:
+            raise NotFound(f"there is no {key}")
+        return self.get(key)
+
+    def named(self, name: str) -> Key | None:
+        """The container that has taken `name`."""
+        return self._names.get(name)
+
+    def all(self, collection: str | None = None) -> list[AnyRecord]:
+        """The records of a collection, or of all, in order of id."""
+        chosen = (collection,) if collection else tuple(self._records)
+        return [record for one in chosen for record in self._records[one].values()]
+
+    def shown(self, collection: str) -> list[AnyRecord]:
+        """The objects of a collection whose create has succeeded, in order of id."""
+        return [record for record in self._records[collection].values() if record.key not in self._hidden]
+
+    def holders(self, key: Key) -> list[AnyRecord]:
+        """The objects that stand on `key`, in order."""
+        return [self.get(holder) for holder in sorted(self._holders.get(key, ()))]
+
+    def held(self, key: Key) -> bool:
+        """Whether anything needs the object: its own POST, or an object built on it."""
+        return self.get(key).pinned or bool(self._holders.get(key))
+
+    def refs(self, key: Key) -> int:
+        return len(self._holders.get(key, ())) + self.get(key).pinned
+
+    def kinds(self, record: AnyRecord) -> set[str]:
+        """Every kind a reference may name the object by: an attach-mount also goes by its attachment's."""
+        found = {record.kind}
+        if isinstance(record.definition, spec.Attach):
+            found |= {below.kind for key in record.edges() if (below := self.find(key))}
+        return found
+
+    def alike(self, record: AnyRecord) -> list[AnyRecord]:
+        """The objects that were asked for just as `record` was, the oldest first."""
+        return [self.get(key) for key in sorted(self._alike.get(fingerprint(record), ()))]
+
+    def below(self, key: Key) -> Iterator[AnyRecord]:
+        """All that the object stands on, all the way down, each once."""
+        seen = {key}
+        waiting = self.get(key).edges()
+        for edge in waiting:
+            record = self.find(edge)
+            if record is not None and edge not in seen:
+                seen.add(edge)
+                waiting += record.edges()
+                yield record
+
+    def picture(self, key: Key) -> Picture:
+        """The object as it is now.
+
+        Raises: NotFound.
+        """
+        record = self.visible(key)
+        below = {other.key: other for other in self.below(key)}
+        return Picture(record, below, {one: self.refs(one) for one in (key, *below)})
+
+    # ----------------------------------------------------------------------------------------------- changing
+
+    def following(self, collection: str) -> int:
+        """The id that the next object of the collection gets."""
+        return self._following[collection]
+
+    def counters(self) -> dict[str, int]:
+        return dict(self._following)
+
+    def count_on(self, following: dict[str, int]) -> None:
+        """Let ids continue from `following` where that is further."""
+        for collection, number in following.items():
+            self._following[collection] = max(self._following[collection], number)
+
+    def token_taken(self, token: int) -> bool:
+        return token in self._tokens
+
+    def add(self, record: AnyRecord, *, hidden: bool = False) -> None:
+        """Enter a record and its edges. A hidden one takes its name and holds what it stands on, but is not shown
+        before `show`."""
+        key = record.key
+        self._records[key.collection][key.id] = record
+        self.count_on({key.collection: key.id + 1})
+        self._tokens.add(record.token)
+        self._alike[fingerprint(record)].add(key)
+        for edge in record.edges():
+            self._holders[edge].add(key)
+        if isinstance(record.spec, spec.Container) and record.spec.name:
+            self._names[record.spec.name] = key
+        if hidden:
+            self._hidden.add(key)
+
+    def show(self, key: Key) -> None:
+        """The object's create has succeeded, or it must be seen because something is wrong with it."""
+        self._hidden.discard(key)
+
+    def remove(self, key: Key) -> None:
+        """Take a record out, with its edges and its name. An id that was never shown is free again once none
+        counted after it is in use."""
+        record = self._records[key.collection].pop(key.id)
+        self._tokens.discard(record.token)
+        self._discard(self._alike, fingerprint(record), key)
+        for edge in record.edges():
+            self._discard(self._holders, edge, key)
+        self.free_name(record)
+        if key in self._hidden:
+            self._hidden.discard(key)
+            self._reuse(key)
+
+    def free_name(self, record: AnyRecord) -> None:
+        """Let another container take the name, if it is still this one's."""
+        name = getattr(record.spec, "name", None)
+        if name and self._names.get(name) == record.key:
+            del self._names[name]
+
+    def _reuse(self, key: Key) -> None:
+        self._unused.add(key)
+        last = Key(key.collection, self._following[key.collection] - 1)
+        while last in self._unused:
+            self._unused.discard(last)
+            self._following[key.collection] = last.id
+            last = Key(key.collection, last.id - 1)
+
+    @staticmethod
+    def _discard(index: defaultdict[bytes, set[Key]] | defaultdict[Key, set[Key]], at: object, key: Key) -> None:
+        """Take `key` out of one set of an index, and the set when it is empty."""
+        entries: set[Key] = index[at]  # type: ignore[index]
+        entries.discard(key)
+        if not entries:
+            del index[at]  # type: ignore[arg-type]
+
+
+def standing(record: AnyRecord) -> bool:
+    """Whether the object is there to be built on."""
+    return record.phase is Phase.LIVE and record.problem is None

@@ -1,0 +1,206 @@
+"""From a request to ordered steps: a pure function of the request and the graph.
+
+The tree is walked children first. Each definition becomes a record of its own whose spec holds references only; a
+nested definition that may be shared becomes the standing object it equals. What cannot be is refused here, with the
+place in the request, before anything is made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from imageapi import spec
+from imageapi.drivers.base import Driver, driver
+from imageapi.engine.graph import Graph, describe
+from imageapi.errors import Conflict, Invalid, NotFound
+from imageapi.records import AnyRecord, Key, Phase, Record
+from imageapi.spec import Attachment, Container, Mount, Object
+
+Drivers = Callable[[str, str], Driver]
+"""How the planner comes to a kind's driver; raises errors.Unsupported for a kind that has none."""
+
+
+class Later(NamedTuple):
+    """The plan depends on something that is going away: ask again when it is gone."""
+
+    key: Key
+
+
+class Plan(NamedTuple):
+    """The records to make, children first, and the place of each in the request as a JSON path."""
+
+    steps: list[AnyRecord]
+    paths: dict[Key, str]
+
+    @property
+    def root(self) -> AnyRecord:
+        return self.steps[-1]
+
+
+class _GoingAway(Exception):
+    def __init__(self, key: Key) -> None:
+        self.key = key
+
+
+def plan(thing: Object, graph: Graph, draw_token: Callable[[], int], drivers: Drivers = driver) -> Plan | Later:
+    """The steps that make `thing`, or what to wait for before they can be known. Changes nothing.
+
+    Raises: errors.Problem, with the JSON path.
+    """
+    planner = _Planner(graph, draw_token, drivers)
+    try:
+        planner.place(thing, "$", nested=False)
+    except _GoingAway as wait:
+        return Later(wait.key)
+    return Plan(planner.steps, planner.paths)
+
+
+class _Planner:
+    def __init__(self, graph: Graph, draw_token: Callable[[], int], drivers: Drivers) -> None:
+        self._graph = graph
+        self._draw_token = draw_token
+        self._drivers = drivers
+        self._counted: Counter[str] = Counter()
+        self._own: dict[Key, AnyRecord] = {}
+        self.steps: list[AnyRecord] = []
+        self.paths: dict[Key, str] = {}
+
+    def place(self, thing: Object, path: str, *, nested: bool) -> Key:
+        """Plan `thing` and all below it; the key it will be found under."""
+        part = spec.own_part(thing)
+        if part is None:
+            return self._reference(thing, path)
+        if isinstance(thing, Container):
+            self._check_name(thing, path)
+        else:
+            self._drivers(thing.COLLECTION, thing.kind or "")
+        inside = path if isinstance(thing, Container) else f"{path}.{thing.kind}"
+        keys = [self.place(need, inside + at, nested=True) for at, need in spec.needs_at(part)]
+        return self._make_or_share(self._flatten(thing, part, keys), path, nested=nested)
+
+    def _make_or_share(self, record: AnyRecord, path: str, *, nested: bool) -> Key:
+        if nested and self._shareable(record) and (shared := self._equal(record)):
+            return shared
+        self._check_exclusive(record, path)
+        self.steps.append(record)
+        self.paths[record.key] = path
+        self._own[record.key] = record
+        self._counted[record.key.collection] += 1
+        return record.key
+
+    def _flatten(self, thing: Object, part: Any, keys: list[Key]) -> AnyRecord:
+        """The record of `thing`, standing on `keys`: its spec holds what was asked for, and nothing the server sets."""
+        references: list[Attachment | Mount] = [
+            Attachment(id=key.id) if key.collection == Attachment.COLLECTION else Mount(id=key.id) for key in keys
+        ]
+        flat: Any = spec.replace_needs(part, references)
+        server_set = dict.fromkeys(spec.server_fields(type(flat)))
+        flat = msgspec.structs.replace(flat, **server_set)
+        if isinstance(thing, Container):
+            asked: Object = msgspec.structs.replace(flat, id=None, state=None)
+        else:
+            asked = type(thing)(kind=thing.kind, **{thing.kind or "": flat})
+        collection = thing.COLLECTION
+        number = self._graph.following(collection) + self._counted[collection]
+        return Record(id=number, spec=asked, token=self._draw_token())
+
+    # -------------------------------------------------------------------------------------------- references
+
+    def _reference(self, thing: Object, path: str) -> Key:
+        if thing.id is None:
+            raise Invalid(
+                f"give this {thing.COLLECTION} either as a reference, {{\"id\": n}}, or as a definition with its kind",
+                path=path,
+            )
+        key = Key(thing.COLLECTION, thing.id)
+        try:
+            record = self._graph.visible(key)
+        except NotFound as missing:
+            raise NotFound(f"{missing.message}; GET /{key.collection} lists those that are", path=path) from None
+        self._check_kind(thing, record, path)
+        self._check_standing(record, path)
+        return key
+
+    def _check_kind(self, thing: Object, record: AnyRecord, path: str) -> None:
+        wanted = None if isinstance(thing, Container) else thing.kind
+        have = self._graph.kinds(record)
+        if wanted and wanted not in have:
+            raise Invalid(
+                f"{record.key} is of kind {' or '.join(sorted(have))}, not {wanted}; leave the kind out or name the "
+                f"right one",
+                path=f"{path}.kind",
+            )
+
+    @staticmethod
+    def _check_standing(record: AnyRecord, path: str) -> None:
+        if record.phase in (Phase.RELEASING, Phase.STUCK):
+            raise Conflict(f"{describe(record)} is being deleted; make a new one", path=path)
+        if record.problem:
+            raise Conflict(f"{describe(record)} cannot be used: {record.problem}", path=path)
+
+    # ------------------------------------------------------------------------------------------------ sharing
+
+    def _lookup(self, key: Key) -> AnyRecord:
+        return self._own.get(key) or self._graph.get(key)
+
+    def _read_only(self, record: AnyRecord) -> bool:
+        return self._drivers(record.key.collection, record.kind).read_only(record.definition)
+
+    def _shareable(self, record: AnyRecord) -> bool:
+        """Whether equal definitions are one object: a read-only attachment, and a file system on one."""
+        if record.key.collection == Attachment.COLLECTION:
+            return self._read_only(record)
+        if isinstance(record.definition, spec.Attach):
+            return all(self._read_only(self._lookup(key)) for key in record.edges())
+        return False
+
+    def _equal(self, record: AnyRecord) -> Key | None:
+        """The object that `record` would be a second of: in this request, or standing."""
+        for own in self.steps:
+            if own.key.collection == record.key.collection and own.spec == record.spec:
+                return own.key
+        for other in self._graph.alike(record):
+            if other.phase is Phase.RELEASING and other.problem is None:
+                raise _GoingAway(other.key)
+            if other.phase is not Phase.RELEASING and other.problem is None:
+                return other.key
+        return None
+
+    # ---------------------------------------------------------------------------------------------- conflicts
+
+    def _check_name(self, container: Container, path: str) -> None:
+        holder = self._graph.named(container.name) if container.name else None
+        if holder:
+            raise Conflict(
+                f"the name '{container.name}' is in use by {holder}; choose another, or delete that one",
+                path=f"{path}.name",
+            )
+
+    def _check_exclusive(self, record: AnyRecord, path: str) -> None:
+        """Refuse a second attachment of an image of which either could write."""
+        if record.key.collection != Attachment.COLLECTION:
+            return
+        own = self._drivers(record.key.collection, record.kind)
+        identity = own.identity(record.definition)
+        if identity is None or own.forced(record.definition):
+            return
+        writes = not own.read_only(record.definition)
+        for other in (*self._graph.all(Attachment.COLLECTION), *self.steps):
+            if other.kind == record.kind and own.identity(other.definition) == identity:
+                self._check_pair(writes or not own.read_only(other.definition), other, f"{path}.{record.kind}")
+
+    @staticmethod
+    def _check_pair(writable: bool, other: AnyRecord, path: str) -> None:
+        if not writable:
+            return
+        if other.phase is Phase.RELEASING and other.problem is None:
+            raise _GoingAway(other.key)
+        raise Conflict(
+            f"the image is attached already, as {describe(other)}, and one of the two could write to it; refer to that "
+            f"one by id, make both read-only, or set options.force",
+            path=path,
+        )

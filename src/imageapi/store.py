@@ -1,0 +1,103 @@
+"""Records on disk: one JSON file a record under `state/`, written to a temporary name and renamed, without fsync.
+
+The directory is void after a reboot, so what matters is that a process killed at any instruction leaves each file old
+or new, never torn. The caller writes a plan's records children first: a crash in between leaves records that nothing
+holds, which the next start collects. One server writes (it holds the run directory's lock).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable
+
+import msgspec
+
+from imageapi import records
+from imageapi.records import SCHEMA, AnyRecord, Key
+
+log = logging.getLogger(__name__)
+
+COUNTERS = "counters.json"
+
+
+class Store:
+    """The files of one state directory, which is root's alone: records hold secrets."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        for collection in records.RECORD_TYPES:
+            os.makedirs(f"{directory}/{collection}", mode=0o700, exist_ok=True)
+
+    def save(self, record: AnyRecord) -> None:
+        """Write one record, over its former self."""
+        self._publish(self._path(record.key), records.encode(record))
+
+    def save_all(self, several: Iterable[AnyRecord]) -> None:
+        """Write a plan's records, children first; a failure leaves none of them.
+
+        Raises: OSError, when there is no room.
+        """
+        with contextlib.ExitStack() as undo:
+            for record in several:
+                undo.callback(self.remove, record.key)
+                self.save(record)
+            undo.pop_all()
+
+    def remove(self, key: Key) -> None:
+        """Forget a record; one that is not there is forgotten already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(key))
+
+    def save_counters(self, following: dict[str, int]) -> None:
+        """Write the ids that come next, which records that are gone no longer tell."""
+        self._publish(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
+
+    def counters(self) -> dict[str, int]:
+        """The ids that come next, as they were last written."""
+        try:
+            with open(f"{self._directory}/{COUNTERS}", "rb") as file:
+                return msgspec.json.decode(file.read(), type=dict[str, int])
+        except FileNotFoundError:
+            return {}
+        except msgspec.MsgspecError:
+            log.exception("%s/%s cannot be read; ids continue after the records", self._directory, COUNTERS)
+            return {}
+
+    def load(self) -> list[AnyRecord]:
+        """All records, by collection and id. A file that cannot be read is named in the log and left alone."""
+        return [record for collection in records.RECORD_TYPES for record in self._load(collection)]
+
+    def _load(self, collection: str) -> list[AnyRecord]:
+        directory = f"{self._directory}/{collection}"
+        self._discard_unfinished(directory)
+        found = [self._read(collection, f"{directory}/{name}") for name in os.listdir(directory)]
+        return sorted((record for record in found if record), key=lambda record: record.id)
+
+    @staticmethod
+    def _discard_unfinished(directory: str) -> None:
+        """Remove what a writer that was killed had not renamed yet."""
+        for name in os.listdir(directory):
+            if name.endswith(".new"):
+                os.unlink(f"{directory}/{name}")
+
+    @staticmethod
+    def _read(collection: str, path: str) -> AnyRecord | None:
+        try:
+            with open(path, "rb") as file:
+                record = records.decode(collection, file.read())
+        except msgspec.MsgspecError as error:
+            log.error("%s is not a record that this version can read (%s); remove it by hand", path, error)
+            return None
+        return record if record.schema == SCHEMA else None
+
+    def _path(self, key: Key) -> str:
+        return f"{self._directory}/{key.collection}/{key.id}.json"
+
+    @staticmethod
+    def _publish(path: str, data: bytes) -> None:
+        descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.rename(f"{path}.new", path)
