@@ -103,6 +103,13 @@ class Record(msgspec.Struct, Generic[O], kw_only=True, omit_defaults=True):
 
 AnyRecord = Record[Any]
 
+
+def snapshot(record: AnyRecord, **changes: Any) -> AnyRecord:
+    """The record as it is now, whatever becomes of it."""
+    run = msgspec.structs.replace(record.run) if record.run else None
+    return msgspec.structs.replace(record, facts=msgspec.structs.replace(record.facts), run=run, **changes)
+
+
 RECORD_TYPES: dict[str, Any] = {
     "attach": Record[spec.Attachment],
     "mount": Record[spec.Mount],

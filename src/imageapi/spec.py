@@ -314,7 +314,7 @@ def kinds(of: Any) -> dict[str, type[Spec]]:
 
 def definition(thing: Attachment | Mount) -> Spec | None:
     """The kind's own part of `thing`, or None for a reference."""
-    return getattr(thing, thing.kind) if thing.kind else None
+    return None if thing.id is not None or thing.kind is None else getattr(thing, thing.kind, None)
 
 
 def needs_at(part: Any) -> list[tuple[str, Attachment | Mount]]:

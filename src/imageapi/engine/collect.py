@@ -1,0 +1,97 @@
+"""Collection: what nothing needs is released, and then what only it needed, all the way down.
+
+`releasing` is entered in the same step of the loop that found no holder, so that nobody can come to share what is on
+its way out. What the kernel will not let go stays, with its problem, and is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from imageapi.engine.containers import Containers
+from imageapi.engine.graph import describe
+from imageapi.engine.jobs import Jobs
+from imageapi.engine.ledger import Ledger
+from imageapi.engine.tasks import Tasks
+from imageapi.errors import Problem, TimedOut
+from imageapi.records import AnyRecord, Key, Phase
+from imageapi.spec import Container
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY = 0.1
+LAST_RETRY = 30.0
+"""Seconds between two tries to release the same object: doubled each time up to the last."""
+
+
+class Collector:
+    """The collector of one engine."""
+
+    def __init__(self, ledger: Ledger, jobs: Jobs, containers: Containers, tasks: Tasks) -> None:
+        self._ledger = ledger
+        self._graph = ledger.graph
+        self._jobs = jobs
+        self._containers = containers
+        self._tasks = tasks
+
+    async def collect(self, keys: Iterable[Key]) -> None:
+        """Release everything among `keys` that nothing needs, and all that only it needed. Never raises: what
+        cannot be released now has its problem, and is tried again."""
+        await asyncio.gather(*(self._collect(key) for key in keys))
+
+    async def _collect(self, key: Key) -> None:
+        record = self._graph.find(key)
+        if record is None or record.phase is Phase.RELEASING or self._graph.held(key):
+            return
+        untouched = record.phase is Phase.PLANNED
+        record.phase = Phase.RELEASING
+        if self._jobs.returned(key):
+            self.put_off(record, TimedOut("the host has not come back from making it; it is undone when it does"))
+            return
+        try:
+            if not untouched:
+                await self.release(record)
+        except Problem as problem:
+            self.put_off(record, problem)
+            return
+        await self.forget(record)
+
+    async def release(self, record: AnyRecord) -> None:
+        """Have the kernel let go of an object that is `releasing`; a job still under way on it is waited for first.
+
+        Raises: errors.Problem.
+        """
+        if (job := self._jobs.returned(record.key)) is not None:
+            await asyncio.wait({job})
+        self._ledger.note(record, phase=Phase.RELEASING)
+        if isinstance(record.spec, Container):
+            await self._containers.discard(record)
+        else:
+            await self._jobs.drive("release", record)
+
+    async def forget(self, record: AnyRecord) -> None:
+        """Drop a record whose object is gone, and collect what stood below it."""
+        below = record.edges()
+        self._ledger.drop(record.key)
+        await self.collect(key for key in below if self._graph.find(key))
+
+    def put_off(self, record: AnyRecord, problem: Problem) -> None:
+        """Keep an object that is `releasing` with its problem, and try again until the kernel lets it go."""
+        self._graph.free_name(record)
+        self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
+        log.warning("%s is not released yet: %s", describe(record), problem.message)
+        self._tasks.spawn(self._retry(record))
+
+    async def _retry(self, record: AnyRecord) -> None:
+        delay = FIRST_RETRY
+        while self._graph.find(record.key) is record:
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY)
+            try:
+                await self.release(record)
+            except Problem as problem:
+                self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
+            else:
+                await self.forget(record)

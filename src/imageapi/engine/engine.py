@@ -1,0 +1,169 @@
+"""What the service does, in five verbs; the one page that wires the engine's parts together."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from imageapi.config import Config, Site
+from imageapi.engine.apply import Applier
+from imageapi.engine.collect import Collector
+from imageapi.engine.containers import Containers
+from imageapi.engine.graph import Graph, Picture, describe
+from imageapi.engine.jobs import Jobs
+from imageapi.engine.ledger import Ledger
+from imageapi.engine.pool import Pool
+from imageapi.engine.reconcile import Reconciler
+from imageapi.engine.tasks import Tasks
+from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut, Unsupported
+from imageapi.records import AnyRecord, Key, Phase, snapshot
+from imageapi.spec import Container, Object
+from imageapi.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """The objects of one run directory. All of it lives in one event loop."""
+
+    def __init__(self, config: Config, site: Site, pool: Pool, boot_id: str) -> None:
+        store = Store(site.state_dir)
+        self._config = config
+        self._pool = pool
+        self._tasks = Tasks()
+        self._graph = Graph(config.first_id)
+        self._ledger = Ledger(self._graph, store, site, boot_id)
+        self._jobs = Jobs(pool, self._graph, config.operation_timeout)
+        self._containers = Containers(self._ledger, self._jobs, self._tasks, pool, config)
+        self._collector = Collector(self._ledger, self._jobs, self._containers, self._tasks)
+        self._applier = Applier(
+            self._ledger, self._jobs, self._containers, self._collector, self._tasks, config.operation_timeout
+        )
+        self._reconciler = Reconciler(
+            self._ledger, store, self._jobs, self._containers, self._collector, self._tasks, boot_id
+        )
+
+    async def start(self) -> None:
+        """Make records and kernel agree, and go on where the last server stopped."""
+        await self._reconciler.reconcile()
+
+    async def stop(self) -> None:
+        """Let what is under way end; containers run on."""
+        await self._tasks.drain(self._config.cleanup_timeout)
+        self._containers.close()
+        self._pool.close()
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def picture(self, key: Key) -> Picture:
+        """The object as it is now.
+
+        Raises: errors.NotFound.
+        """
+        return self._graph.picture(key)
+
+    def pictures(self, collection: str) -> list[Picture]:
+        """The objects of a collection, in order of id."""
+        return [self._graph.picture(record.key) for record in self._graph.shown(collection)]
+
+    def named(self, name: str) -> Key:
+        """The container of this name.
+
+        Raises: errors.NotFound.
+        """
+        key = self._graph.named(name)
+        if key is None:
+            raise NotFound(f"there is no container named '{name}'")
+        return self._graph.visible(key).key
+
+    # ----------------------------------------------------------------------------------------------- changing
+
+    async def create(self, thing: Object) -> Picture:
+        """Make an object and all that it nests. Cancelling the caller undoes it.
+
+        Raises: errors.Problem, and then nothing is left.
+        """
+        record = await self._applier.create(thing)
+        return self._graph.picture(record.key)
+
+    async def delete(self, key: Key, *, force: bool) -> Picture:
+        """Delete an object and all that only it held; the object as it last was. Goes on when the caller is cancelled.
+
+        Raises: errors.Problem, and then nothing has changed.
+        """
+        return await self._tasks.through(self._delete(key, force=force))
+
+    async def request_state(self, key: Key, state: str) -> Picture:
+        """Ask a container for `running` or `exited`. Goes on when the caller is cancelled.
+
+        Raises: errors.Problem.
+        """
+        record = self._graph.visible(key)
+        if not isinstance(record.spec, Container):
+            raise Invalid(f"{record.key} is no container: it has no state")
+        if state == "paused":
+            raise Unsupported("'paused' is not there yet; ask for 'running' or 'exited'")
+        if state not in ("running", "exited"):
+            raise Invalid(f"'{state}' cannot be asked for; ask for 'running' or 'exited'")
+        if record.phase is Phase.RELEASING:
+            raise Conflict(f"{describe(record)} is being deleted")
+        request = self._containers.start if state == "running" else self._containers.stop
+        await self._tasks.through(request(record))
+        return self._graph.picture(key)
+
+    async def _delete(self, key: Key, *, force: bool) -> Picture:
+        record = await self._deletable(key)
+        holders = self._graph.holders(key)
+        self._check_holders(record, holders, force=force)
+        if isinstance(record.spec, Container):
+            self._containers.check_deletable(record, force=force)
+        before = {"pinned": record.pinned, "phase": record.phase, "problem": record.problem}
+        self._ledger.note(record, phase=Phase.RELEASING)
+        last = self._last(key)
+        try:
+            await self._collector.release(record)
+        except TimedOut as late:
+            self._ledger.note(record, pinned=False)
+            self._collector.put_off(record, late)
+            raise
+        except Problem:
+            self._ledger.note(record, **before)
+            raise
+        last = last._replace(record=snapshot(record, phase=before["phase"]))
+        self._ledger.fault((holder.key for holder in holders), f"{describe(record)}, which it needs, was deleted by force")
+        await self._collector.forget(record)
+        return last
+
+    async def _deletable(self, key: Key) -> AnyRecord:
+        """The record, once nobody else is deleting it.
+
+        Raises: errors.NotFound; errors.Conflict while the kernel keeps it.
+        """
+        self._graph.visible(key)
+        record = await self._ledger.rest(key)
+        if record is None:
+            raise NotFound(f"{key} has just been deleted")
+        if record.phase is Phase.RELEASING:
+            raise Conflict(f"{describe(record)}: {record.problem}; it is tried again by itself")
+        return record
+
+    def _check_holders(self, record: AnyRecord, holders: list[AnyRecord], *, force: bool) -> None:
+        """Refuse to delete what something stands on; force overrides only those that do not use it."""
+        using = [holder for holder in holders if self._uses(holder)] if force else holders
+        if not using:
+            return
+        names = [describe(holder) for holder in using]
+        hint = "delete those first" if force else "delete those first, and it goes with the last of them"
+        raise Conflict(f"{describe(record)} is held by {', '.join(names)}; {hint}", holders=names)
+
+    def _uses(self, holder: AnyRecord) -> bool:
+        """Whether the holder stands on the object in the kernel, and would break without it."""
+        if isinstance(holder.spec, Container):
+            return self._containers.active(holder)
+        return holder.phase is not Phase.LIVE or holder.problem is None
+
+    def _last(self, key: Key) -> Picture:
+        """The object and all below it, kept as they are now."""
+        now = self._graph.picture(key)
+        below: dict[Key, Any] = {one: snapshot(other) for one, other in now.below.items()}
+        return now._replace(below=below)

@@ -1,0 +1,119 @@
+"""The graph and its files, changed together: the one place where a record changes.
+
+Whoever waits for an object to come to rest (to live, to be gone, or to be stuck) waits here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.engine.graph import Graph
+from imageapi.engine.plan import Plan
+from imageapi.records import AnyRecord, Key, Phase
+from imageapi.store import Store
+
+log = logging.getLogger(__name__)
+
+MOVING = (Phase.PLANNED, Phase.ACQUIRING, Phase.RELEASING)
+
+
+def resting(record: AnyRecord | None) -> bool:
+    """Whether nothing is being done to an object: it lives, is gone, or waits for the kernel with its problem."""
+    return record is None or record.phase not in MOVING or record.problem is not None
+
+
+class Ledger:
+    """The records of one server, in memory and on disk."""
+
+    def __init__(self, graph: Graph, store: Store, site: Site, boot_id: str) -> None:
+        self.graph = graph
+        self.site = site
+        self._store = store
+        self._boot_id = boot_id
+        self._waiting: defaultdict[Key, list[asyncio.Future[None]]] = defaultdict(list)
+
+    def draw_token(self) -> int:
+        """A number that no other object's directories carry."""
+        while self.graph.token_taken(token := secrets.randbelow(10**9)):
+            pass
+        return token
+
+    def claim(self, plan: Plan) -> None:
+        """Enter a plan: names are taken and edges hold from now on, though nothing is shown yet.
+
+        Raises: errors.Problem, when the records cannot be written.
+        """
+        for record in plan.steps:
+            record.boot_id = self._boot_id
+        try:
+            self._store.save_all(plan.steps)
+        except OSError as error:
+            raise errors.from_oserror(error, "writing the records of the request") from error
+        for record in plan.steps:
+            self.graph.add(record, hidden=True)
+
+    def publish(self, plan: Plan) -> None:
+        """The create has succeeded: the root has its own reference, and all that was made is shown."""
+        self.change(plan.root, pinned=True)
+        for record in plan.steps:
+            self.graph.show(record.key)
+
+    def change(self, record: AnyRecord, **changes: Any) -> None:
+        """Set fields of a record and write it.
+
+        Raises: errors.Problem when it cannot be written; it is changed in memory all the same.
+        """
+        for name, value in changes.items():
+            setattr(record, name, value)
+        try:
+            self._store.save(record)
+        except OSError as error:
+            raise errors.from_oserror(error, f"writing the record of {record.key}") from error
+        finally:
+            self._wake(record.key)
+
+    def note(self, record: AnyRecord, **changes: Any) -> None:
+        """The same for what has happened already and cannot be taken back: a record that cannot be written is logged,
+        and the next start learns from the kernel what it would have said."""
+        try:
+            self.change(record, **changes)
+        except errors.Problem as problem:
+            log.error("%s", problem.message)
+
+    def drop(self, key: Key) -> None:
+        """Forget an object that is gone from the kernel."""
+        self.graph.remove(key)
+        try:
+            self._store.save_counters(self.graph.counters())
+        except OSError as error:
+            log.error("the ids to come are not written: %s", error)
+        self._store.remove(key)
+        self._wake(key)
+
+    def fault(self, keys: Iterable[Key], problem: str) -> None:
+        """Tell of each object what is wrong with it, and show it."""
+        for key in keys:
+            if record := self.graph.find(key):
+                self.graph.show(key)
+                self.note(record, problem=problem)
+
+    async def rest(self, key: Key) -> AnyRecord | None:
+        """Wait until nothing is being done to the object; its record, or None when it is gone."""
+        while not resting(record := self.graph.find(key)):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[key].append(waiter)
+            await waiter
+        return record
+
+    def _wake(self, key: Key) -> None:
+        for waiter in self._waiting.pop(key, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+

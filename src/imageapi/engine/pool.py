@@ -1,0 +1,125 @@
+"""Worker processes, as the event loop sees them: a job goes out, a reply comes back, or does not.
+
+A job that hangs keeps its worker, and one of its store's places, until it returns; other stores are not touched by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import socket
+from collections import defaultdict
+from typing import Any
+
+from imageapi import errors
+from imageapi.engine import zygote
+from imageapi.engine.worker import MESSAGE, Reply
+
+log = logging.getLogger(__name__)
+
+PER_STORE = 8
+"""How many jobs one store may have under way: what a dead one can cost in processes."""
+IDLE = 4
+"""How many workers wait for the next job; more are started when needed, and end when done."""
+
+
+class _Worker:
+    """One worker process: it has ended when its end of the socket is closed."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+
+    async def perform(self, job: bytes) -> tuple[Reply, list[int]]:
+        """Raises: ConnectionError, when the process has ended."""
+        self._channel.send(job)
+        await self._readable()
+        data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE, 1)
+        if not data:
+            raise ConnectionResetError("the worker process ended in the middle of its job")
+        reply: Reply = pickle.loads(data)
+        return reply, descriptors
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._channel, lambda: arrived.done() or arrived.set_result(None))
+        try:
+            await arrived
+        finally:
+            loop.remove_reader(self._channel)
+
+    def dismiss(self) -> None:
+        self._channel.close()
+
+
+class Job:
+    """One call under way. `started` tells whether a worker has it: only then can it have had an effect."""
+
+    def __init__(self, store: str, name: str, *arguments: Any) -> None:
+        self.store = store
+        self.name = name
+        self.arguments = arguments
+        self.started = False
+
+
+class Pool:
+    """The workers of one server, forked by the zygote at the other end of `control`."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._idle: list[_Worker] = []
+        self._places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(PER_STORE))
+
+    async def perform(self, job: Job) -> Any:
+        """The job's result; a descriptor is the caller's to close.
+
+        Raises: errors.Problem as the job raised it.
+        """
+        async with self._places[job.store]:
+            worker = self._idle.pop() if self._idle else self._new_worker()
+            job.started = True
+            try:
+                reply, descriptors = await worker.perform(pickle.dumps((job.name, job.arguments)))
+            except BaseException as error:
+                worker.dismiss()
+                if isinstance(error, ConnectionError):
+                    raise errors.Problem(f"{job.name}: {error}; ask again") from error
+                raise
+            self._give_back(worker)
+            return self._result(job, reply, descriptors)
+
+    def start_supervisor(self) -> None:
+        """Have the supervisor forked; it ends at once where another one lives."""
+        self._control.send(zygote.SUPERVISOR)
+
+    def close(self) -> None:
+        """Let the zygote and its idle workers end."""
+        for worker in self._idle:
+            worker.dismiss()
+        self._idle.clear()
+        self._control.close()
+
+    def _new_worker(self) -> _Worker:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUFFORCE, 2 * MESSAGE)
+        with theirs:
+            socket.send_fds(self._control, [zygote.WORKER], [theirs.fileno()])
+        ours.setblocking(False)
+        return _Worker(ours)
+
+    def _give_back(self, worker: _Worker) -> None:
+        if len(self._idle) < IDLE:
+            self._idle.append(worker)
+        else:
+            worker.dismiss()
+
+    @staticmethod
+    def _result(job: Job, reply: Reply, descriptors: list[int]) -> Any:
+        if reply.problem:
+            raise errors.from_dict(reply.problem)
+        if reply.bug:
+            log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
+            raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
+        return descriptors[0] if descriptors else reply.result

@@ -1,0 +1,88 @@
+"""The run directory: made, locked, and given the random id that all its marks carry.
+
+One server at a time works in it. Its workers hold a lock of their own, so that the next server begins only when the
+last one's calls into the kernel have ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+
+from imageapi.config import Config, Site
+from imageapi.errors import Conflict
+
+WORKERS_PATIENCE = 5.0
+"""How long, in seconds, a start waits for a killed server's workers. One that hangs in the kernel is not waited for:
+what it was making is found by its record."""
+
+PUBLIC, PRIVATE = 0o755, 0o700
+
+
+def prepare(config: Config) -> tuple[Site, int]:
+    """The site, and the locked descriptor that the zygote is to keep. The server's own lock is held until it ends.
+
+    Raises: Conflict, when another server works in the directory; OSError.
+    """
+    os.makedirs(config.run_dir, PUBLIC, exist_ok=True)
+    _lock_server(config.run_dir)
+    site = config.site(_instance(config.run_dir))
+    for directory, mode in (
+        (site.mounts_dir, PUBLIC),
+        (site.logs_dir, PUBLIC),
+        (site.state_dir, PRIVATE),
+        (site.supervisor_dir, PRIVATE),
+        (site.helpers_dir, PRIVATE),
+    ):
+        os.makedirs(directory, mode, exist_ok=True)
+        os.chmod(directory, mode)
+    return site, _lock_workers(config.run_dir)
+
+
+def boot_id() -> str:
+    """What tells this boot from all others (random(4))."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _lock_server(run_dir: str) -> None:
+    descriptor = os.open(f"{run_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if not _try_lock(descriptor, fcntl.LOCK_EX):
+        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        raise Conflict(f"{run_dir} is in use by process {holder}; stop that server, or choose another --run-dir")
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+
+
+def _lock_workers(run_dir: str) -> int:
+    """A descriptor under the workers' lock, taken alone when the last server's workers are gone, and then shared."""
+    descriptor = os.open(f"{run_dir}/workers.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + WORKERS_PATIENCE
+    while not _try_lock(descriptor, fcntl.LOCK_EX) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _instance(run_dir: str) -> str:
+    """The directory's own id, drawn when it was new."""
+    path = f"{run_dir}/instance"
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        drawn = secrets.token_hex(4)
+        with open(f"{path}.new", "w") as file:
+            file.write(drawn + "\n")
+        os.rename(f"{path}.new", path)
+        return drawn

@@ -1,0 +1,116 @@
+"""What a worker process does: one job after another, each a function of this module that may block.
+
+A job is a name and its arguments; its reply is a result, a problem to be told, or the trace of a bug, and perhaps one
+descriptor. Both are pickled: the two ends are one program, over a socket that nobody else can reach.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.drivers.base import driver
+from imageapi.engine import sweep
+from imageapi.linux import mount, syncfs
+from imageapi.records import AnyRecord, Facts
+from imageapi.runtime import command, logs
+
+MESSAGE = 4 << 20
+"""The largest job or reply in bytes: a request's body has at most 1 MB by default, and a record holds no more."""
+
+
+class Reply(NamedTuple):
+    """How a job ended: exactly one of the three says it. `result` may be any plain value."""
+
+    result: Any = None
+    problem: dict[str, Any] | None = None
+    bug: str | None = None
+
+
+class Descriptor(int):
+    """A job's result that is a descriptor: it is handed over, and the worker's own copy closed."""
+
+
+def serve(channel: socket.socket, site: Site) -> None:
+    """Do the jobs that come over `channel` until the other end is gone."""
+    os.umask(0o022)
+    while job := channel.recv(MESSAGE):
+        name, arguments = pickle.loads(job)
+        reply = _perform(name, arguments, site)
+        if isinstance(reply.result, Descriptor):
+            socket.send_fds(channel, [pickle.dumps(Reply())], [reply.result])
+            os.close(reply.result)
+        else:
+            channel.send(pickle.dumps(reply))
+
+
+def _perform(name: str, arguments: Sequence[Any], site: Site) -> Reply:
+    try:
+        return Reply(result=JOBS[name](site, *arguments))
+    except errors.Problem as problem:
+        return Reply(problem=problem.to_dict())
+    except OSError as error:
+        return Reply(problem=_explain(error, name, arguments).to_dict())
+    except Exception:
+        return Reply(bug=traceback.format_exc())
+
+
+def failure(error: OSError, step: str) -> bytes:
+    """The reply that says `error` happened before the job could begin."""
+    return pickle.dumps(Reply(problem=errors.from_oserror(error, step).to_dict()))
+
+
+def _explain(error: OSError, name: str, arguments: Sequence[Any]) -> errors.Problem:
+    about = arguments[0]
+    what = f"{about.kind} {about.key}" if hasattr(about, "key") else str(about)
+    return errors.from_oserror(error, f"{name} of {what}")
+
+
+# ----------------------------------------------------------------------------------------------------- the jobs
+
+
+def acquire(site: Site, record: AnyRecord, inputs: Sequence[AnyRecord]) -> Facts:
+    return driver(record.key.collection, record.kind).acquire(record, inputs, site)
+
+
+def release(site: Site, record: AnyRecord) -> None:
+    driver(record.key.collection, record.kind).release(record, site)
+
+
+def observe(site: Site, record: AnyRecord) -> Facts | None:
+    return driver(record.key.collection, record.kind).observe(record, site)
+
+
+def open_root(site: Site, mountpoint: str, argv: list[str], container: int, logfile: str) -> Descriptor:
+    """A private, detached copy of the tree at `mountpoint`, in which `argv` can be executed.
+
+    Raises: errors.Invalid, when it cannot, with the reason.
+    """
+    who = f"container({container})"
+    logs.append(logfile, who, "validating image")
+    flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | mount.AT_RECURSIVE
+    root = mount.open_tree(mount.AT_FDCWD, mountpoint, flags)
+    try:
+        mount.mount_setattr(root, "", propagation=mount.MS_PRIVATE, recursive=True)
+        logs.append(logfile, who, "validating init")
+        command.validate(root, argv)
+    except BaseException:
+        os.close(root)
+        raise
+    return Descriptor(root)
+
+
+def sync(site: Site, mountpoint: str) -> None:
+    """Write what the file system at `mountpoint` holds to its store (syncfs(2))."""
+    syncfs.syncfs(mountpoint)
+
+
+JOBS = {
+    job.__name__: job for job in (acquire, release, observe, open_root, sync, sweep.sweep)
+}
