@@ -353,6 +353,12 @@ def replace_needs(part: Any, replacements: list[Attachment | Mount]) -> Any:
     return msgspec.structs.replace(part, **changes)
 
 
+def as_asked(part: Spec) -> Any:
+    """`part` without what only the server sets."""
+    struct: type[Spec] = type(part)
+    return msgspec.structs.replace(part, **dict.fromkeys(server_fields(struct)))
+
+
 def decode_hook(kind: type[Any], value: Any) -> Any:
     """How msgspec reads the types of ours it does not know."""
     if kind is Secret:

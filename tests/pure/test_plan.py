@@ -197,7 +197,7 @@ def test_a_name_is_taken_once(graph: Graph) -> None:
 def test_a_kind_without_a_driver_is_refused_before_anything(graph: Graph) -> None:
     uri = Mount(kind="uri", uri=Uri(uri="https://localhost/image.tar"))
     with pytest.raises(Unsupported, match="kind 'uri' has no driver"):
-        plan(overlay(uri), graph, lambda: 1)
+        plan(uri, graph, lambda: 1)
 
 
 # ------------------------------------------------------------------------------------------------ any request

@@ -82,7 +82,7 @@ class Applier:
         try:
             await asyncio.wait_for(self._ledger.rest(later.key), self._timeout)
         except TimeoutError:
-            raise TimedOut(f"{later.key}, which is being deleted, was waited for in vain for {self._timeout:g}s") from None
+            raise TimedOut(f"{later.key} is being deleted, and is not gone after {self._timeout:g}s") from None
 
     async def _make(self, record: AnyRecord, claimed: Plan, *, running: bool) -> None:
         """One step. Its result is that of all who came to share it."""

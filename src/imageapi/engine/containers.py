@@ -24,8 +24,8 @@ from imageapi.errors import Conflict, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
-from imageapi.runtime.protocol import Ended, Start
-from imageapi.spec import Attach, Bind, Container
+from imageapi.runtime.protocol import Ended, Life, Start, Started
+from imageapi.spec import Overlay
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,246 @@ class Containers:
         self._graph = ledger.graph
         self._jobs = jobs
         self._tasks = tasks
-        self._pool = pool
-        self._config = config
+        self._stop_timeout = config.stop_timeout
+        self._operation_timeout = config.operation_timeout
         self._starting: dict[Key, asyncio.Task[None]] = {}
         self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
-        self._supervisor = Supervisor(ledger.site, start=pool.start_supervisor, on_ended=self._on_ended)
+        self._supervisor = Supervisor(ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended)
         self._stopper = Stopper(self._supervisor, config.stop_timeout)
+
+    async def connect(self) -> None:
+        """Find the supervisor, or have it started, and make its containers and our records one."""
+        lives = {Key("container", life.id): life for life in await self._supervisor.connect()}
+        for key, life in lives.items():
+            record = self._graph.find(key)
+            if record is None or not self._adopt(record, life):
+                await self._supervisor.kill(life.id, life.attempt)
+                await self._supervisor.forget(life.id, life.attempt)
+        for record in self._graph.all("container"):
+            if self.active(record) and record.key not in lives:
+                self._tasks.spawn(self._finish(record, None))
 
     def close(self) -> None:
         """Leave the supervisor, which goes on."""
         self._supervisor.close()
+
+    # ------------------------------------------------------------------------------------------------ questions
+
+    def active(self, record: AnyRecord) -> bool:
+        """Whether the container has, or is about to have, a process."""
+        return record.key in self._starting or _run(record).state in ("running", "stopping")
+
+    def check_deletable(self, record: AnyRecord, *, force: bool) -> None:
+        """Refuse to delete a container that runs.
+
+        Raises: Conflict.
+        """
+        if self.active(record) and not force:
+            raise Conflict(
+                f"{describe(record)} is {_run(record).state}; ask for its state 'exited' and wait for it, or delete it "
+                f"with force=true"
+            )
+
+    # --------------------------------------------------------------------------------------------------- verbs
+
+    def make(self, record: AnyRecord) -> None:
+        """The container exists: it has its log file, whose first line says so."""
+        logfile = self._ledger.site.logfile(record.id, int(time.time()))
+        run = Run(created_at=now(), logfile=logfile)
+        self._ledger.change(record, run=run, phase=Phase.LIVE)
+        self._log(record, "container created")
+
+    async def start(self, record: AnyRecord) -> None:
+        """Run the container's command; returns when it has been executed. One that runs is left alone.
+
+        Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping.
+        """
+        if (starting := self._starting.get(record.key)) is None:
+            state = _run(record).state
+            if state == "running":
+                return
+            if state == "stopping":
+                raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
+            starting = self._tasks.spawn(self._start(record))
+            self._starting[record.key] = starting
+        await asyncio.shield(starting)
+
+    async def stop(self, record: AnyRecord) -> None:
+        """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone."""
+        if (starting := self._starting.get(record.key)) is not None:
+            await asyncio.wait({starting})
+        run = _run(record)
+        if run.state == "running":
+            run.state, run.stop_requested = "stopping", True
+            self._ledger.note(record)
+            self._tasks.spawn(self._stopper.stop(record, self._end_of(record)))
+
+    async def discard(self, record: AnyRecord) -> None:
+        """Take the container away: what runs is killed, and its log has its last line.
+
+        Raises: errors.TimedOut, when its processes do not end.
+        """
+        if record.run is None:
+            return
+        if self.active(record):
+            await self._kill(record)
+        await self._supervisor.forget(record.id, _run(record).attempt)
+        self._log(record, "container deleted")
+
+    async def _kill(self, record: AnyRecord) -> None:
+        if (starting := self._starting.get(record.key)) is not None:
+            await asyncio.wait({starting})
+        run, end = _run(record), self._end_of(record)
+        if run.state not in ("running", "stopping"):
+            return
+        run.stop_requested = True
+        await self._supervisor.kill(record.id, run.attempt)
+        try:
+            await asyncio.wait_for(end.wait(), self._operation_timeout)
+        except TimeoutError:
+            raise TimedOut(
+                f"{describe(record)} was killed, but process {run.pid} has not ended in {self._operation_timeout:g}s; "
+                f"see what it waits for in /proc/{run.pid}/stack"
+            ) from None
+
+    # -------------------------------------------------------------------------------------------------- a start
+
+    async def _start(self, record: AnyRecord) -> None:
+        run = self._begin(record)
+        try:
+            self._ledger.change(record, problem=None)
+            started = await self._execute(record, run)
+        except Problem as problem:
+            run.state, run.finished_at = "dead", now()
+            self._ledger.note(record, problem=f"it could not be started: {problem.message}")
+            raise
+        else:
+            run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
+            self._ledger.note(record)
+        finally:
+            del self._starting[record.key]
+            if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
+                self._tasks.spawn(self._finish(record, ended.exit_code))
+
+    def _begin(self, record: AnyRecord) -> Run:
+        """A new start, with the next number; the last one's end is forgotten."""
+        old = _run(record)
+        record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
+        self._ends.pop(record.key, None)
+        self._log(record, "starting container")
+        return record.run
+
+    async def _execute(self, record: AnyRecord, run: Run) -> Started:
+        """Have the supervisor execute the command in a copy of the mount's tree.
+
+        Raises: errors.Problem, when it was not executed.
+        """
+        argv = command.split(record.spec.command)
+        mount = self._graph.get(record.edges()[0])
+        if not standing(mount):
+            raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
+        job = Job(self._jobs.store(mount), "open_root", mount.facts.mountpoint, argv, record.id, run.logfile)
+        root = await self._jobs.run(record, job)
+        try:
+            return await self._supervisor.start(self._order(record, run, argv), root)
+        finally:
+            os.close(root)
+
+    def _order(self, record: AnyRecord, run: Run, argv: list[str]) -> Start:
+        return Start(
+            id=record.id,
+            attempt=run.attempt,
+            argv=argv,
+            systemd=record.spec.systemd,
+            logfile=os.path.basename(run.logfile),
+            mark=self._ledger.site.mark(record.key),
+        )
+
+    # --------------------------------------------------------------------------------------------------- an end
+
+    def _on_ended(self, ended: Ended) -> None:
+        """The supervisor says that a first process has ended. It may say so before `_start` knows that it began."""
+        record = self._graph.find(Key("container", ended.id))
+        if record is None or _run(record).attempt != ended.attempt:
+            return
+        if record.key in self._starting:
+            self._early[record.key] = ended
+        else:
+            self._tasks.spawn(self._finish(record, ended.exit_code))
+
+    async def _finish(self, record: AnyRecord, exit_code: int | None) -> None:
+        """The container has ended: its file systems are synced, then its state says so."""
+        run = _run(record)
+        problem = await self._sync(record) or self._complaint(record, exit_code)
+        clean = run.stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED)
+        run.state = "exited" if clean else "dead"
+        run.pid = run.start_time = None
+        run.exit_code, run.finished_at = exit_code, now()
+        self._ledger.note(record, problem=problem)
+        self._end_of(record).set()
+
+    @staticmethod
+    def _complaint(record: AnyRecord, exit_code: int | None) -> str | None:
+        """What is to be said of an end that nobody asked for."""
+        run = _run(record)
+        if run.stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED):
+            return None
+        if exit_code is None:
+            return "it ended while nobody watched, so that its exit code is not known"
+        how = f"was killed by signal {exit_code - 128}" if exit_code > 128 else f"exited with status {exit_code}"
+        return f"its command {how}; {run.logfile} has its output"
+
+    async def _sync(self, record: AnyRecord) -> str | None:
+        """Have what the container wrote reach its store; what went wrong, if anything did."""
+        mounts = [one for one in self._written(self._graph.get(record.edges()[0])) if one.facts.mountpoint]
+        for mount in mounts:
+            job = Job(self._jobs.store(mount), "sync", mount.facts.mountpoint)
+            try:
+                await self._jobs.run(None, job, self._stop_timeout)
+            except Problem as problem:
+                return f"what it wrote to {describe(mount)} may not have reached its store: {problem.message}"
+        return None
+
+    def _written(self, mount: AnyRecord) -> list[AnyRecord]:
+        """The persistent mounts that the container could write to: an overlay's upper is thrown away."""
+        if isinstance(mount.definition, Overlay) or driver("mount", mount.kind).read_only(mount.definition):
+            return []
+        on = [below for below in self._graph.below(mount.key) if below.key.collection == "attach"]
+        if on and all(driver("attach", one.kind).read_only(one.definition) for one in on):
+            return []
+        return [mount]
+
+    # ------------------------------------------------------------------------------------------------- adoption
+
+    def _adopt(self, record: AnyRecord, life: Life) -> bool:
+        """Take up what the supervisor knows of a container; False when it is none that we meant to run."""
+        run = record.run
+        if run is None or run.attempt != life.attempt or run.state in ("exited", "dead"):
+            return run is not None and run.attempt == life.attempt and not life.running
+        if run.state == "created":
+            run.state, run.started_at = "running", run.started_at or now()
+        run.pid, run.start_time = life.pid, life.start_time
+        self._ledger.note(record)
+        if not life.running:
+            self._tasks.spawn(self._finish(record, life.exit_code))
+        elif run.stop_requested:
+            self._tasks.spawn(self._stopper.stop(record, self._end_of(record)))
+        return True
+
+    def _end_of(self, record: AnyRecord) -> asyncio.Event:
+        """What is set when the container's present run has ended."""
+        return self._ends.setdefault(record.key, asyncio.Event())
+
+    def _log(self, record: AnyRecord, text: str) -> None:
+        try:
+            logs.append(_run(record).logfile, f"container({record.id})", text)
+        except OSError as error:
+            log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
+
+
+def _run(record: AnyRecord) -> Run:
+    """The container's life; it has one as soon as it is made."""
+    if record.run is None:
+        raise ValueError(f"{record.key} has not been made yet")
+    return record.run

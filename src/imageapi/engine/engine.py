@@ -130,7 +130,8 @@ class Engine:
             self._ledger.note(record, **before)
             raise
         last = last._replace(record=snapshot(record, phase=before["phase"]))
-        self._ledger.fault((holder.key for holder in holders), f"{describe(record)}, which it needs, was deleted by force")
+        lost = f"{describe(record)}, which it needs, was deleted by force"
+        self._ledger.fault((holder.key for holder in holders), lost)
         await self._collector.forget(record)
         return last
 

@@ -18,6 +18,8 @@ from imageapi.engine.worker import MESSAGE, Reply
 
 log = logging.getLogger(__name__)
 
+SO_SNDBUFFORCE = 32
+"""SO_SNDBUF without its limit, for who has CAP_NET_ADMIN (socket(7)); the socket module does not have it."""
 PER_STORE = 8
 """How many jobs one store may have under way: what a dead one can cost in processes."""
 IDLE = 4
@@ -43,11 +45,16 @@ class _Worker:
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._channel, lambda: arrived.done() or arrived.set_result(None))
+        loop.add_reader(self._channel, self._arrive, arrived)
         try:
             await arrived
         finally:
             loop.remove_reader(self._channel)
+
+    @staticmethod
+    def _arrive(arrived: asyncio.Future[None]) -> None:
+        if not arrived.done():
+            arrived.set_result(None)
 
     def dismiss(self) -> None:
         self._channel.close()
@@ -103,7 +110,7 @@ class Pool:
     def _new_worker(self) -> _Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUFFORCE, 2 * MESSAGE)
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * MESSAGE)
         with theirs:
             socket.send_fds(self._control, [zygote.WORKER], [theirs.fileno()])
         ours.setblocking(False)

@@ -89,7 +89,7 @@ class Reconciler:
             log.warning("%s is gone from the kernel", describe(record))
 
     async def _collect(self) -> None:
-        """Undo what was half done, and collect what nothing needs: the root of an unfinished create has no reference."""
+        """Undo what was half done, and what nothing needs: the root of an unfinished create has no reference."""
         unfinished = [record for record in self._graph.all() if record.phase is not Phase.LIVE]
         loose = [record for record in self._graph.all() if not self._graph.held(record.key)]
         keys = [record.key for record in (*unfinished, *loose)]

@@ -1,4 +1,5 @@
-"""Work that goes on when nobody waits for it: each task is held until it ends, and a failure of its own is logged."""
+"""Work that goes on when nobody waits for it: each task is held until it ends. A problem is told to who
+awaits it, and is in the record where nobody does; anything else is a bug, and logged as one."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+
+from imageapi.errors import Problem
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -18,7 +21,7 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work`. Who awaits the task gets its error; if nobody does, the log has it."""
+        """Start `work`."""
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -30,8 +33,9 @@ class Tasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.debug("%s ended with %r", task.get_coro(), error)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Problem):
+            log.error("a bug in %s", task.get_coro(), exc_info=error)
 
     async def drain(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for what is under way, then cancel what is left."""

@@ -10,14 +10,14 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers.base import driver
 from imageapi.engine import sweep
-from imageapi.linux import mount, syncfs
+from imageapi.linux import libc, mount, syncfs
 from imageapi.records import AnyRecord, Facts
 from imageapi.runtime import command, logs
 
@@ -94,8 +94,8 @@ def open_root(site: Site, mountpoint: str, argv: list[str], container: int, logf
     """
     who = f"container({container})"
     logs.append(logfile, who, "validating image")
-    flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | mount.AT_RECURSIVE
-    root = mount.open_tree(mount.AT_FDCWD, mountpoint, flags)
+    flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | libc.AT_RECURSIVE
+    root = mount.open_tree(libc.AT_FDCWD, mountpoint, flags)
     try:
         mount.mount_setattr(root, "", propagation=mount.MS_PRIVATE, recursive=True)
         logs.append(logfile, who, "validating init")
@@ -111,6 +111,11 @@ def sync(site: Site, mountpoint: str) -> None:
     syncfs.syncfs(mountpoint)
 
 
-JOBS = {
-    job.__name__: job for job in (acquire, release, observe, open_root, sync, sweep.sweep)
+JOBS: dict[str, Callable[..., Any]] = {
+    "acquire": acquire,
+    "release": release,
+    "observe": observe,
+    "open_root": open_root,
+    "sync": sync,
+    "sweep": sweep.sweep,
 }
