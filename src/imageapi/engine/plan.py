@@ -97,9 +97,7 @@ class _Planner:
         references: list[Attachment | Mount] = [
             Attachment(id=key.id) if key.collection == Attachment.COLLECTION else Mount(id=key.id) for key in keys
         ]
-        flat: Any = spec.replace_needs(part, references)
-        server_set = dict.fromkeys(spec.server_fields(type(flat)))
-        flat = msgspec.structs.replace(flat, **server_set)
+        flat = spec.as_asked(spec.replace_needs(part, references))
         if isinstance(thing, Container):
             asked: Object = msgspec.structs.replace(flat, id=None, state=None)
         else:
