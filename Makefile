@@ -1,0 +1,83 @@
+# Every command that anyone needs. Each installs what it needs first, and takes no time when all is there.
+# On a bare Debian 12, as root:  make test
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# What the demo runs beside the server: images are made and looked at with these.
+DEMO_PACKAGES := busybox-static curl jq mmdebstrap mount procps squashfs-tools util-linux
+# What the tests run: a Ceph of their own, the storage daemon, makers of file systems, a compiler for odd binaries.
+TEST_PACKAGES := $(DEMO_PACKAGES) ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc iproute2 libc6-dev \
+	qemu-block-extra qemu-system-common sudo xfsprogs
+
+# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup setup-dev check test test-pure demo lock clean demo-packages test-packages
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/stamp-run  ## Make .venv with the server in it: .venv/bin/imageapi-server.
+
+setup-dev: $(VENV)/stamp-dev  ## The same, with what checks and tests it.
+
+check: $(VENV)/stamp-dev  ## Lint and type-check.
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+test: check test-packages  ## Check, then run every test on the real kernel (needs root).
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts: seconds.
+	$(PYTEST) -m pure $(PYTEST_ARGS)
+
+demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
+	$(BIN)/python -m tools.demo
+
+lock: build/uv/bin/uv  ## Pin the newest allowed releases of all dependencies, with their hashes.
+	$(COMPILE) --extra build pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra build --extra dev --constraints requirements.lock pyproject.toml --output-file requirements-dev.lock
+
+clean:  ## Remove what these commands made in this directory.
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -exec rm -rf {} +
+
+demo-packages:
+	@tools/apt-install $(DEMO_PACKAGES)
+
+test-packages:
+	@tools/apt-install $(TEST_PACKAGES)
+
+# --- the virtual environment: a stamp is newer than the lock it was made from ---
+
+$(VENV)/stamp-venv:
+	@tools/find-python >/dev/null || tools/apt-install python3 python3-venv
+	"$$(tools/find-python)" -m venv --clear $(VENV)
+	@touch $@
+
+# The package itself comes last, with the setuptools just installed: building it asks the network for nothing.
+$(VENV)/stamp-run: requirements.lock pyproject.toml | $(VENV)/stamp-venv
+	$(PIP) install --require-hashes --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --no-index --editable .
+	@touch $@
+
+$(VENV)/stamp-dev: requirements-dev.lock $(VENV)/stamp-run
+	$(PIP) install --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
+# --- the locks ---
+
+COMPILE = build/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command "make lock"
+
+build/uv/bin/uv:
+	@tools/find-python >/dev/null || tools/apt-install python3 python3-venv
+	"$$(tools/find-python)" -m venv build/uv
+	build/uv/bin/python -m pip --disable-pip-version-check --quiet install uv
