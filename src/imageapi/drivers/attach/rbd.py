@@ -1,0 +1,80 @@
+"""A Ceph RBD image as a block device, by the kernel's rbd driver or by qemu-storage-daemon and a loop device.
+
+`--rbd-backend` decides, and `auto` takes the kernel's driver where there is one. What was attached is found again by
+its mark whichever way was taken, so a release needs no more than the record, and a changed option harms nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+
+from imageapi.config import Site
+from imageapi.drivers import storage_daemon
+from imageapi.drivers.ceph import daemon, kernel, monitors, options
+from imageapi.errors import Unsupported
+from imageapi.records import AnyRecord, Facts, Key
+from imageapi.spec import Rbd
+
+FUSE = "/dev/fuse"
+
+
+class Driver:
+    """The kind `rbd`."""
+
+    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+        definition: Rbd = record.definition
+        options.check(definition)
+        acquire = choose(site)
+        return _facts(acquire(record.key, definition, site))
+
+    def release(self, record: AnyRecord, site: Site) -> None:
+        kernel.release(record.key, site)
+        daemon.release(record.key, record.definition, site)
+
+    def observe(self, record: AnyRecord, site: Site) -> Facts | None:
+        device = kernel.observe(record.key, site) or daemon.observe(record.key, site)
+        return None if device is None else _facts(device)
+
+    def read_only(self, definition: Rbd) -> bool:
+        return options.read_only(definition)
+
+    def identity(self, definition: Rbd) -> object:
+        """The image, or its snapshot: a snapshot cannot be written, so it is none of the image's users."""
+        parsed = monitors.parse(definition.monitors, options.default_port(definition.options))
+        hosts = tuple(sorted({monitor.host for monitor in parsed}))
+        return hosts, definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""
+
+    def store(self, definition: Rbd) -> str:
+        return monitors.store(definition.monitors)
+
+
+def choose(site: Site) -> Callable[[Key, Rbd, Site], str]:
+    """The way images are attached here.
+
+    Raises: errors.Unsupported naming what to install or load.
+    """
+    if site.rbd_backend != "daemon" and kernel.available():
+        return kernel.acquire
+    if site.rbd_backend == "kernel":
+        raise Unsupported("this kernel has no rbd driver: load the module rbd, or do without --rbd-backend kernel")
+    missing = _missing()
+    if missing:
+        first = "" if site.rbd_backend == "daemon" else "this kernel has no rbd driver to load, and "
+        raise Unsupported(f"{first}the storage daemon cannot be used: {missing}")
+    return daemon.acquire
+
+
+def _missing() -> str | None:
+    """What keeps the daemon way from working. Its rbd module is seen only when it is used."""
+    if shutil.which(storage_daemon.PROGRAM) is None:
+        return f"install {storage_daemon.PACKAGES}"
+    if not os.path.exists(FUSE):
+        return f"there is no {FUSE}; load the module fuse"
+    return None
+
+
+def _facts(device: str) -> Facts:
+    """`device_id` is the number in the device's name, as for /dev/rbd0."""
+    return Facts(device_file=device, device_id=int(device.lstrip("/abcdefghijklmnopqrstuvwxyz")))

@@ -1,0 +1,234 @@
+"""The daemon way: qemu-storage-daemon opens the image, and a loop device stands on the file it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from typing import Any
+
+from imageapi.config import Site
+from imageapi.drivers import storage_daemon
+from imageapi.drivers.ceph import keys, monitors, options
+from imageapi.drivers.qmp import Deadline, QmpError
+from imageapi.drivers.storage_daemon import Source
+from imageapi.errors import Conflict, Invalid, Problem, TimedOut, Unsupported
+from imageapi.linux import loop
+from imageapi.records import Key
+from imageapi.spec import Rbd
+
+DEADLINE = 20.0
+"""Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
+
+CONF = "ceph.conf"
+
+
+def acquire(key: Key, definition: Rbd, site: Site) -> str:
+    """Attach the image and return its block device. Leaves nothing when it fails.
+
+    Raises: errors.Problem in the user's terms; OSError from the loop device.
+    """
+    deadline = Deadline(DEADLINE)
+    release(key, definition, site)
+    source = _source(key, definition, site)
+    with contextlib.ExitStack() as undo:
+        try:
+            file = storage_daemon.export(site, key, source, deadline)
+        except QmpError as error:
+            raise explain(str(error), definition) from None
+        except TimeoutError:
+            raise _silent(definition) from None
+        undo.callback(storage_daemon.withdraw, site, key, deadline, expendable=True)
+        device = _attach_loop(file, site.mark(key), source.read_only)
+        undo.pop_all()
+    return device
+
+
+def release(key: Key, definition: Rbd, site: Site) -> None:
+    """Flush, and take away the loop device, the file and, with its last image, the daemon. Idempotent.
+
+    Raises: errors.Conflict while the device is in use; errors.TimedOut; errors.Problem when the flush failed.
+    """
+    device = loop.marked(site.mark(key)).get(site.mark(key))
+    expendable = options.read_only(definition)
+    if device is not None:
+        if not expendable and storage_daemon.standing(site, key):
+            _flush(device)
+        _detach_loop(device)
+    try:
+        storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=expendable)
+    except TimeoutError:
+        raise _silent(definition) from None
+    except QmpError as error:
+        raise Problem("the storage daemon does not let go of the image", detail=str(error)) from None
+
+
+def observe(key: Key, site: Site) -> str | None:
+    """The block device, if all that it stands on is there."""
+    device = loop.marked(site.mark(key)).get(site.mark(key))
+    return device if device is not None and storage_daemon.standing(site, key) else None
+
+
+# ------------------------------------------------------------------------------------------ what is opened
+
+
+def _source(key: Key, definition: Rbd, site: Site) -> Source:
+    chosen = definition.options
+    lines = options.daemon_lines(chosen)
+    if chosen.secret is not None:
+        keys.decoded(chosen.secret)
+    asked = monitors.parse(definition.monitors, options.default_port(chosen))
+    answering = monitors.reachable(asked, min(monitors.PROBE_TIMEOUT, options.connect_timeout(chosen)))
+    lines.append("mon host = " + ",".join(map(str, answering)))
+    conf = "\n".join(["[global]", *lines, ""])
+    blockdev = _blockdev(definition, storage_daemon.private_path(site, key, CONF))
+    return Source(_group(definition), blockdev, chosen.secret, {CONF: conf}, options.read_only(definition))
+
+
+def _blockdev(definition: Rbd, conf: str) -> dict[str, Any]:
+    chosen = definition.options
+    fields: dict[str, Any] = {
+        "driver": "rbd",
+        "pool": definition.pool,
+        "namespace": chosen.namespace or "",
+        "image": definition.image,
+        "snapshot": definition.snapshot or "",
+        "user": options.user(chosen),
+        "conf": conf,
+    }
+    fields = {name: value for name, value in fields.items() if value}
+    if chosen.secret is None:
+        fields["auth-client-required"] = ["none"]
+    return {**fields, "discard": "ignore" if chosen.notrim else "unmap"}
+
+
+def _group(definition: Rbd) -> str:
+    """One cluster seen by one user with one key. The hash of a key says nothing of it: a key is 128 random bits."""
+    chosen = definition.options
+    secret = chosen.secret.reveal() if chosen.secret else ""
+    parts = (*sorted(definition.monitors), options.user(chosen), secret)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------ the loop device
+
+
+def _attach_loop(file: str, mark: str, read_only: bool) -> str:
+    descriptor = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        return loop.attach(descriptor, mark, read_only=read_only)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(device: str) -> None:
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise Problem(
+            f"the last writes to {device} could not be flushed to the cluster, and would be lost",
+            step="flush",
+            detail=str(error),
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def _detach_loop(device: str) -> None:
+    if not loop.is_free(device):
+        raise Conflict(f"{device} is in use", holders=[device])
+    loop.detach(device)
+
+
+# ----------------------------------------------------------------------------------- QEMU's words, and ours
+
+
+def explain(words: str, definition: Rbd) -> Problem:
+    """What QEMU's message means to whoever asked for the image."""
+    for pattern, problem in MEANINGS.items():
+        if re.search(pattern, words):
+            return problem(definition, words)
+    return Problem("the storage daemon could not open the image", step="attach the image", detail=words)
+
+
+def _no_image(definition: Rbd, _: str) -> Problem:
+    space = f"{definition.pool}/{definition.options.namespace}" if definition.options.namespace else definition.pool
+    if definition.snapshot:
+        sentence = f"'{space}' has no image '{definition.image}' with a snapshot '{definition.snapshot}'"
+        return Invalid(f"{sentence}: see 'rbd snap ls {space}/{definition.image}'", path="$.snapshot")
+    return Invalid(f"'{space}' has no image '{definition.image}': see 'rbd ls {space}'", path="$.image")
+
+
+def _no_pool(definition: Rbd, _: str) -> Problem:
+    return Invalid(f"the cluster has no pool '{definition.pool}': see 'ceph osd pool ls'", path="$.pool")
+
+
+def _no_namespace(definition: Rbd, _: str) -> Problem:
+    name, pool = definition.options.namespace, definition.pool
+    return Invalid(
+        f"pool '{pool}' has no namespace '{name}': see 'rbd namespace ls {pool}'", path="$.options.namespace"
+    )
+
+
+def _refused(definition: Rbd, _: str) -> Problem:
+    user = options.user(definition.options)
+    return Invalid(
+        f"the monitors refuse client.{user}: there is no such user, or the secret is not its key; "
+        f"compare it with 'ceph auth get client.{user}'",
+        path="$.options.secret",
+    )
+
+
+def _no_key(definition: Rbd, _: str) -> Problem:
+    return Invalid("the cluster wants a key: give options.name and options.secret", path="$.options.secret")
+
+
+def _no_caps(definition: Rbd, words: str) -> Problem:
+    user = options.user(definition.options)
+    verb = "read" if options.read_only(definition) else "write"
+    return Invalid(
+        f"client.{user} may not {verb} image '{definition.image}' of pool '{definition.pool}': grant it with "
+        f"ceph auth caps client.{user} mon 'profile rbd' osd '{osd_caps(definition)}'",
+        path="$.options.name",
+        detail=words,
+    )
+
+
+def osd_caps(definition: Rbd) -> str:
+    """The OSD capabilities that attaching takes. librbd watches an image's header even when it only reads, which the
+    read-only profile does not allow by itself."""
+    namespace = definition.options.namespace
+    where = f"pool={definition.pool}" + (f" namespace={namespace}" if namespace else "")
+    if options.read_only(definition):
+        return f"profile rbd-read-only {where}, allow rw {where} object_prefix rbd_header."
+    return f"profile rbd {where}"
+
+
+def _no_module(definition: Rbd, words: str) -> Problem:
+    return Unsupported(f"this host's storage daemon cannot do it: install {storage_daemon.PACKAGES}", detail=words)
+
+
+def _unreached(definition: Rbd, _: str) -> Problem:
+    return _silent(definition)
+
+
+MEANINGS = {
+    r"error connecting: Permission denied": _refused,
+    r"error connecting: Operation not supported": _no_key,
+    r"error connecting: Connection timed out": _unreached,
+    r"error opening pool .*: No such file": _no_pool,
+    r"namespace .* does not exist": _no_namespace,
+    r"error reading header .*: No such file": _no_image,
+    r"Operation not permitted|Permission denied": _no_caps,
+    r"Unknown driver|does not accept value|Invalid parameter": _no_module,
+}
+"""QEMU's words for what went wrong (QEMU's block/rbd.c, with strerror(3) behind the colon). The first that fits."""
+
+
+def _silent(definition: Rbd) -> TimedOut:
+    return TimedOut(
+        f"the cluster does not answer in time (monitors {', '.join(definition.monitors)}): its monitors were reached, "
+        f"so see that they have a quorum and the OSDs of pool '{definition.pool}' are up",
+    )

@@ -1,0 +1,140 @@
+"""QEMU's monitor protocol over a Unix socket, with a deadline on every word.
+
+One conversation at a time: whoever talks holds the daemon's lock. The socket is reached through a descriptor of its
+directory, because the path of a run directory may be longer than a socket's name can be (unix(7), 108 bytes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from imageapi.spec import Secret
+
+
+class QmpError(Exception):
+    """QEMU refused a command. The text is QEMU's own; it never holds what the command was given."""
+
+
+class Deadline:
+    """A moment after which an operation is given up."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """The seconds that are left.
+
+        Raises: TimeoutError when there are none.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        return left
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Return once `done` holds. It is asked every few milliseconds: use it where nothing can be polled.
+
+        Raises: TimeoutError.
+        """
+        while not done():
+            time.sleep(min(self.left(), 0.003))
+
+
+class Qmp:
+    """A conversation with a daemon that has been greeted."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self._socket = connection
+        self._deadline = deadline
+        self._received = b""
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """The answer to `command`; a `_` in an argument's name stands for QEMU's `-`.
+
+        Raises: QmpError; TimeoutError; ConnectionError when the daemon ended.
+        """
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+        message = json.dumps({"execute": command, "arguments": words}, default=_reveal)
+        self._socket.settimeout(self._deadline.left())
+        self._socket.sendall(message.encode() + b"\n")
+        while True:
+            answer = self._receive()
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise QmpError(answer["error"]["desc"])
+
+    def greet(self) -> None:
+        """The opening that QMP demands before any other command."""
+        self._receive()
+        self.execute("qmp_capabilities")
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            self._socket.settimeout(self._deadline.left())
+            data = self._socket.recv(65536)
+            if not data:
+                raise ConnectionResetError("the daemon closed the connection")
+            self._received += data
+        line, self._received = self._received.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+@contextlib.contextmanager
+def conversation(directory: int, name: str, deadline: Deadline) -> Iterator[Qmp]:
+    """Talk to the daemon that listens on the socket `name` in the open `directory`.
+
+    Raises: ConnectionRefusedError or FileNotFoundError when nobody listens; TimeoutError.
+    """
+    with connected(directory, name, deadline) as connection:
+        qmp = Qmp(connection, deadline)
+        qmp.greet()
+        yield qmp
+
+
+@contextlib.contextmanager
+def connected(directory: int, name: str, deadline: Deadline) -> Iterator[socket.socket]:
+    """A connection to that socket. A daemon that hangs lets its backlog fill, which is EAGAIN: it is awaited."""
+    with socket.socket(socket.AF_UNIX) as connection:
+
+        def connects() -> bool:
+            try:
+                connection.settimeout(deadline.left())
+                connection.connect(f"/proc/self/fd/{directory}/{name}")
+            except BlockingIOError:
+                return False
+            return True
+
+        deadline.wait(connects)
+        yield connection
+
+
+def listens(directory: int, name: str) -> bool:
+    """Whether a daemon listens on that socket. One that hangs does."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(f"/proc/self/fd/{directory}/{name}")
+        except BlockingIOError:
+            return True
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True
+
+
+def descriptor(path: str) -> int:
+    """`path`, a directory, opened to be found by."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _reveal(value: Any) -> str:
+    if isinstance(value, Secret):
+        return value.reveal()
+    raise TypeError(f"QMP cannot carry a {type(value).__name__}")

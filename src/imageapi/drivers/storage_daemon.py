@@ -1,0 +1,394 @@
+"""qemu-storage-daemon as a helper: an image that QEMU can read becomes a regular file, through FUSE.
+
+    helpers/attach-3/daemon   -> ../daemon-<group>-0    written first: whatever a crash leaves is found by it
+    helpers/attach-3/export                             the file; the FUSE mount lies on it
+    helpers/daemon-<group>-0/{qmp,pid}                  one daemon: at most `LIMIT` images of one group
+
+A daemon runs detached and outlives whoever started it. All that is known of it is in these files and in itself, so any
+process can take over. Its directory is its lock (flock(2)): who talks to it, or ends it, holds that. A group is one
+store seen by one user: a store that hangs stops its own images only. A daemon ends with its last image.
+
+A daemon lives in the mount namespace of whoever starts it, which has to be the host's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from imageapi.config import Site
+from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descriptor, listens
+from imageapi.errors import Conflict, Problem, Unsupported
+from imageapi.linux import mount, mountinfo
+from imageapi.records import Key
+from imageapi.spec import Secret
+
+PROGRAM = "qemu-storage-daemon"
+PACKAGES = "qemu-storage-daemon and its rbd module (on Debian: qemu-system-common and qemu-block-extra)"
+LIMIT = 20
+"""The most images of one daemon: its crash takes no more than these."""
+
+QUIT_TIMEOUT = 2.0
+"""Seconds for a daemon without images to end by itself; then it is killed."""
+
+SECRET_ID = "key"
+"""Under which a daemon has a secret while it opens an image. One at a time: the daemon is locked."""
+
+
+class Source(NamedTuple):
+    """What a daemon is to open: the arguments of `blockdev-add`, the secret they need as `key-secret`, and the text of
+    the files they name by `private_path`."""
+
+    group: str
+    blockdev: dict[str, Any]
+    secret: Secret | None
+    files: Mapping[str, str]
+    read_only: bool
+
+
+# ---------------------------------------------------------------------------------------------- the verbs
+
+
+def export(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
+    """Make the image a file and return its path. Leaves nothing when it fails.
+
+    Raises: QmpError in QEMU's words; TimeoutError; errors.Unsupported without the program.
+    """
+    with _joined(site, key, source.group, deadline) as daemon, contextlib.ExitStack() as undo:
+        undo.callback(_leave, site, key, daemon)
+        daemon.ensure_running(deadline)
+        with daemon.conversation(deadline) as qmp:
+            _sweep(daemon, qmp, deadline)
+            _write_files(site, key, source)
+            _open(qmp, _node(site, _directory(key)), export_path(site, key), source)
+        undo.pop_all()
+    return export_path(site, key)
+
+
+def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
+    """Undo `export`, or what a crash left of it; a second time it does nothing. A daemon that does not answer is
+    killed when it serves this image alone and the image is `expendable`: then nothing written can be lost.
+
+    Raises: errors.Conflict while something still uses the file; TimeoutError when the daemon hangs.
+    """
+    name = _daemon_of(site, key)
+    if name is None:
+        _remove_export(site, key)
+        return
+    with _locked(site, name, deadline) as daemon:
+        try:
+            daemon.close(_node(site, _directory(key)), deadline)
+        except TimeoutError:
+            if not expendable or daemon.members() != [_directory(key)]:
+                raise
+            daemon.kill()
+        _leave(site, key, daemon)
+
+
+def standing(site: Site, key: Key) -> bool:
+    """Whether the image's file stands and its daemon lives."""
+    name = _daemon_of(site, key)
+    if name is None or mountinfo.at(export_path(site, key)) is None:
+        return False
+    try:
+        directory = descriptor(f"{site.helpers_dir}/{name}")
+    except FileNotFoundError:
+        return False
+    try:
+        return listens(directory, "qmp")
+    finally:
+        os.close(directory)
+
+
+def export_path(site: Site, key: Key) -> str:
+    """Where the image of `key` is a file."""
+    return private_path(site, key, "export")
+
+
+def private_path(site: Site, key: Key, name: str) -> str:
+    """Where the file `name` of `Source.files` is for the daemon to read."""
+    return f"{site.helpers_dir}/{_directory(key)}/{name}"
+
+
+# --------------------------------------------------------------------------------------------- one daemon
+
+
+class Daemon:
+    """A daemon whose lock is held. It may be running, not yet running, or dead."""
+
+    def __init__(self, site: Site, name: str, directory: int) -> None:
+        self._site = site
+        self._name = name
+        self._directory = directory
+        self.path = f"{site.helpers_dir}/{name}"
+
+    def members(self) -> list[str]:
+        """The directories of the images it serves, those included that are only on the way."""
+        helpers = self._site.helpers_dir
+        return [entry for entry in os.listdir(helpers) if _link(f"{helpers}/{entry}") == self._name]
+
+    def nodes(self) -> set[str]:
+        """The names of its members' nodes."""
+        return {_node(self._site, member) for member in self.members()}
+
+    def conversation(self, deadline: Deadline) -> contextlib.AbstractContextManager[Qmp]:
+        """Talk to it."""
+        return conversation(self._directory, "qmp", deadline)
+
+    def ensure_running(self, deadline: Deadline) -> None:
+        """Start it, unless it runs.
+
+        Raises: errors.Unsupported, errors.Problem, TimeoutError.
+        """
+        if listens(self._directory, "qmp"):
+            return
+        self.kill()
+        for name in ("qmp", "pid"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._directory)
+        self._start(deadline)
+
+    def _start(self, deadline: Deadline) -> None:
+        chardev = "socket,path=qmp,server=on,wait=off,id=qmp"
+        command = [PROGRAM, "--daemonize", *self._identity, "--chardev", chardev, "--monitor", "chardev=qmp"]
+        environment = {"PATH": os.environ.get("PATH", os.defpath)}
+        try:
+            done = subprocess.run(
+                command, cwd=self.path, env=environment, umask=0o077, timeout=deadline.left(),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise Unsupported(f"this host has no {PROGRAM}: install {PACKAGES}") from None
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{PROGRAM} did not start in time") from None
+        if done.returncode:
+            raise Problem(f"{PROGRAM} did not start", step="start the storage daemon", detail=done.stderr.strip())
+
+    @property
+    def _identity(self) -> tuple[str, str]:
+        """The words of its command line that no other process has."""
+        return "--pidfile", f"{self.path}/pid"
+
+    def close(self, node: str, deadline: Deadline) -> None:
+        """Let go of one image, if a living daemon holds it."""
+        if not listens(self._directory, "qmp"):
+            return
+        with contextlib.suppress(ConnectionError), self.conversation(deadline) as qmp:
+            _close(qmp, node, deadline)
+
+    def end(self) -> None:
+        """End it and remove its directory."""
+        if listens(self._directory, "qmp"):
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                self._quit(Deadline(QUIT_TIMEOUT))
+        self.kill()
+        shutil.rmtree(self.path)
+
+    def _quit(self, deadline: Deadline) -> None:
+        with self._process() as pidfd:
+            with self.conversation(deadline) as qmp:
+                qmp.execute("quit")
+            if pidfd is not None:
+                _await_end(pidfd, deadline.left())
+
+    def kill(self) -> None:
+        """SIGKILL it, if it runs."""
+        with self._process() as pidfd:
+            if pidfd is None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _await_end(pidfd, QUIT_TIMEOUT)
+
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[int | None]:
+        """A pidfd of it; None when it has ended. The pid in the file may be another's by now: its command line
+        tells, and is read once the pidfd holds the process."""
+        try:
+            with open(f"{self.path}/pid", encoding="ascii") as file:
+                pid = int(file.read())
+            pidfd = os.pidfd_open(pid)
+        except (FileNotFoundError, ValueError, ProcessLookupError):
+            yield None
+            return
+        try:
+            yield pidfd if self._identity[1].encode() in _command_line(pid) else None
+        finally:
+            os.close(pidfd)
+
+
+def _command_line(pid: int) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _await_end(pidfd: int, seconds: float) -> None:
+    """A pidfd is readable once its process is a zombie, whoever has to reap it."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    if not poller.poll(seconds * 1000):
+        raise TimeoutError(f"{PROGRAM} did not end")
+
+
+# --------------------------------------------------------------------------------- what is said to a daemon
+
+
+def _open(qmp: Qmp, node: str, path: str, source: Source) -> None:
+    with contextlib.ExitStack() as undo:
+        _add_node(qmp, node, source)
+        undo.callback(qmp.execute, "blockdev-del", node_name=node)
+        names = {"type": "fuse", "id": node, "node_name": node, "mountpoint": path}
+        qmp.execute("block-export-add", **names, writable=not source.read_only)
+        undo.pop_all()
+
+
+def _write_files(site: Site, key: Key, source: Source) -> None:
+    for name, text in {**source.files, "export": ""}.items():
+        with open(private_path(site, key, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _add_node(qmp: Qmp, node: str, source: Source) -> None:
+    """Open the image. QEMU reads the secret while it does so, and keeps it no longer than that."""
+    arguments = {**source.blockdev, "node-name": node, "read-only": source.read_only}
+    if source.secret is None:
+        qmp.execute("blockdev-add", **arguments)
+        return
+    qmp.execute("object-add", qom_type="secret", id=SECRET_ID, data=source.secret, format="base64")
+    try:
+        qmp.execute("blockdev-add", **arguments, key_secret=SECRET_ID)
+    finally:
+        qmp.execute("object-del", id=SECRET_ID)
+
+
+def _close(qmp: Qmp, node: str, deadline: Deadline) -> None:
+    def has_no_export() -> bool:
+        return all(export["id"] != node for export in qmp.execute("query-block-exports"))
+
+    if not has_no_export():
+        qmp.execute("block-export-del", id=node, mode="hard")
+        deadline.wait(has_no_export)
+    if any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True)):
+        qmp.execute("blockdev-del", node_name=node)
+
+
+def _sweep(daemon: Daemon, qmp: Qmp, deadline: Deadline) -> None:
+    """Let go of what the daemon still got done for a caller that had given up."""
+    with contextlib.suppress(QmpError):
+        qmp.execute("object-del", id=SECRET_ID)
+    members = daemon.nodes()
+    for node in qmp.execute("query-named-block-nodes", flat=True):
+        if node["node-name"] not in members:
+            _close(qmp, node["node-name"], deadline)
+
+
+# ----------------------------------------------------------------------------------------- files and locks
+
+
+@contextlib.contextmanager
+def _joined(site: Site, key: Key, group: str, deadline: Deadline) -> Iterator[Daemon]:
+    """The first daemon of the group that has room, locked, with `key` as a member."""
+    for number in itertools.count():
+        with _locked(site, f"daemon-{group}-{number}", deadline) as daemon:
+            if len(daemon.members()) < LIMIT:
+                directory = f"{site.helpers_dir}/{_directory(key)}"
+                _make_directory(site, directory)
+                os.symlink(f"../daemon-{group}-{number}", f"{directory}/daemon")
+                yield daemon
+                return
+
+
+@contextlib.contextmanager
+def _locked(site: Site, name: str, deadline: Deadline) -> Iterator[Daemon]:
+    """Hold a daemon's lock. Its directory is made if it is not there, and may be gone afterwards."""
+    path = f"{site.helpers_dir}/{name}"
+    directory = None
+    while directory is None:
+        _make_directory(site, path)
+        directory = _flock(path, deadline)
+    try:
+        yield Daemon(site, name, directory)
+    finally:
+        os.close(directory)
+
+
+def _flock(path: str, deadline: Deadline) -> int | None:
+    """`path` opened and locked; None when it was removed meanwhile."""
+    with contextlib.ExitStack() as undo:
+        try:
+            directory = descriptor(path)
+            undo.callback(os.close, directory)
+            deadline.wait(lambda: _try_flock(directory))
+            if not os.path.samestat(os.fstat(directory), os.stat(path)):
+                return None
+        except FileNotFoundError:
+            return None
+        undo.pop_all()
+        return directory
+
+
+def _try_flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _leave(site: Site, key: Key, daemon: Daemon) -> None:
+    _remove_export(site, key)
+    if not daemon.members():
+        daemon.end()
+
+
+def _remove_export(site: Site, key: Key) -> None:
+    """Take away the image's file, and the mount that a dead daemon left on it.
+
+    Raises: errors.Conflict.
+    """
+    path = export_path(site, key)
+    try:
+        while (stale := mountinfo.at(path)) is not None and stale.fstype == "fuse":
+            mount.umount(path, mount.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        raise Conflict(f"the storage daemon's file of {key} is still in use", detail=str(error)) from error
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(os.path.dirname(path))
+
+
+def _make_directory(site: Site, path: str) -> None:
+    os.makedirs(site.helpers_dir, mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+
+
+def _directory(key: Key) -> str:
+    return f"{key.collection}-{key.id}"
+
+
+def _node(site: Site, directory: str) -> str:
+    """QEMU allows 31 letters, digits, '-', '.' and '_', and a letter first."""
+    return f"i{site.instance}-{directory}"
+
+
+def _daemon_of(site: Site, key: Key) -> str | None:
+    return _link(f"{site.helpers_dir}/{_directory(key)}")
+
+
+def _link(directory: str) -> str | None:
+    """The daemon that the image in `directory` belongs to."""
+    try:
+        return os.path.basename(os.readlink(f"{directory}/daemon"))
+    except OSError:
+        return None

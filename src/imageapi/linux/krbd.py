@@ -1,0 +1,125 @@
+"""The kernel's rbd driver through its sysfs files (Documentation/ABI/testing/sysfs-bus-rbd).
+
+`root` is the bus directory. The secret never passes here: the options name a key of the kernel's keyring instead,
+because `config_info` shows every option again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+BUS = "/sys/bus/rbd"
+
+
+class Image(NamedTuple):
+    """The image a device stands for. `monitors` are as they were written; `snapshot` is None for the image itself."""
+
+    monitors: str
+    pool: str
+    namespace: str
+    name: str
+    snapshot: str | None
+
+
+class Device(NamedTuple):
+    """A mapped image. `options` are those it was mapped with, without the ones that name the user's key."""
+
+    id: int
+    image: Image
+    options: Mapping[str, str]
+    read_only: bool
+
+    @property
+    def file(self) -> str:
+        return f"/dev/rbd{self.id}"
+
+
+def available(root: str = BUS) -> bool:
+    """Whether the driver is there."""
+    return os.path.isdir(root)
+
+
+def line(monitors: Sequence[str], options: Sequence[str], image: Image) -> str:
+    """What `map_image` writes: the fields of the ABI, a blank between them; a snapshot of `-` is none.
+
+    Raises: ValueError naming the field that holds a blank, or the option that holds a comma: they cannot be written.
+    """
+    fields = {"pool": image.pool, "image": image.name, "snapshot": image.snapshot or "-"}
+    for name, value in fields.items():
+        if not value or any(char.isspace() for char in value):
+            raise ValueError(f"{name} '{value}' is empty or holds a blank")
+    for option in options:
+        if "," in option or any(char.isspace() for char in option):
+            raise ValueError(f"option '{option}' holds a comma or a blank")
+    return " ".join([",".join(monitors), ",".join(options), *fields.values()])
+
+
+def map_image(text: str, root: str = BUS) -> None:
+    """Map the image that `line` described. It returns when the device is there; `devices` tells which one it is.
+
+    Raises: OSError: EACCES for a wrong key, ENOENT without such pool, image or snapshot, EPERM when the user may not
+    (or may only read), ETIMEDOUT when no monitor answered within `mount_timeout`, EINVAL for an option it does not
+    know.
+    """
+    _write(_file(root, "add"), text)
+
+
+def unmap(number: int, *, force: bool = False, root: str = BUS) -> None:
+    """Unmap device `number`. `force` also while it is open: its users get errors.
+
+    Raises: OSError: EBUSY while it is open, ENOENT when there is none.
+    """
+    _write(_file(root, "remove"), f"{number} force" if force else str(number))
+
+
+def devices(root: str = BUS) -> list[Device]:
+    """All mapped images, in the order of their numbers."""
+    numbers = (int(entry) for entry in os.listdir(f"{root}/devices") if entry.isdigit())
+    found = (device(number, root) for number in sorted(numbers))
+    return [each for each in found if each is not None]
+
+
+def device(number: int, root: str = BUS) -> Device | None:
+    """What is mapped as `number`; None when nothing is (any more)."""
+    directory = f"{root}/devices/{number}"
+    try:
+        info = _read(f"{directory}/config_info")
+        read = {name: _read(f"{directory}/{name}") for name in ("pool", "name", "current_snap")}
+    except FileNotFoundError:
+        return None
+    monitors, options = info.split(" ")[:2]
+    chosen = parse_options(options)
+    snapshot = None if read["current_snap"] in ("", "-") else read["current_snap"]
+    image = Image(monitors, read["pool"], chosen.get("_pool_ns", ""), read["name"], snapshot)
+    return Device(number, image, chosen, "ro" in chosen or "read_only" in chosen or snapshot is not None)
+
+
+def parse_options(text: str) -> dict[str, str]:
+    """The option string of `config_info`; a flag's value is empty."""
+    pairs = (word.partition("=") for word in text.split(",") if word)
+    return {name: value for name, _, value in pairs}
+
+
+def _file(root: str, verb: str) -> str:
+    """With one major number for all devices, the default since Linux 3.14, the plain file answers EINVAL."""
+    single = f"{root}/{verb}_single_major"
+    return single if os.path.exists(single) else f"{root}/{verb}"
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read().rstrip("\n")
+
+
+def _write(path: str, text: str) -> None:
+    """One write(2): the driver takes each as a whole command."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
