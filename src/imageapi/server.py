@@ -1,0 +1,80 @@
+"""`imageapi-server`: the options, and all wiring on one page.
+
+The order matters. The zygote is forked while this process is small and has one thread; what only the server needs is
+imported after that, so that its memory is not the workers' and the supervisor's too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+from imageapi import __version__
+from imageapi.config import Config, Site, parse
+from imageapi.engine import rundir, zygote
+from imageapi.errors import Problem
+
+log = logging.getLogger("imageapi")
+
+OLDEST_KERNEL = (5, 14)
+"""RHEL 9's. Older ones lack what roots are built with (mount_setattr, 5.12) and how containers are killed."""
+
+
+def main() -> NoReturn:
+    """The whole life of the process. It leaves by os._exit: a thread that hangs must not keep it."""
+    config = parse(sys.argv[1:], os.environ)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        _check_host()
+        site, workers_lock = rundir.prepare(config)
+        control = zygote.launch(site, keep=[workers_lock])
+        os.close(workers_lock)
+        _run(_serve(config, site, control))
+    except (Problem, OSError) as problem:
+        print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def _check_host() -> None:
+    """Raises: Problem, when nothing could work here."""
+    if os.geteuid() != 0:
+        raise Problem("it mounts, attaches and makes namespaces, and so must run as root")
+    release = os.uname().release
+    version = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
+    if version < OLDEST_KERNEL:
+        raise Problem(f"kernel {release} is too old; it needs {'.'.join(map(str, OLDEST_KERNEL))} or newer")
+
+
+def _run(service: object) -> None:
+    import uvloop
+
+    uvloop.run(service)  # type: ignore[arg-type]
+
+
+async def _serve(config: Config, site: Site, control: socket.socket) -> None:
+    from imageapi.api.app import app
+    from imageapi.api.listen import Listeners
+    from imageapi.engine.engine import Engine
+    from imageapi.engine.pool import Pool
+
+    engine = Engine(config, site, Pool(control), rundir.boot_id())
+    listeners = Listeners(config)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await engine.start()
+        log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
+        await listeners.serve(app(engine, config), stop)
+    finally:
+        await engine.stop()
+
+
+if __name__ == "__main__":
+    main()
