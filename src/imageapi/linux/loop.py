@@ -1,0 +1,251 @@
+"""Loop devices (loop(4)): a regular file as a block device.
+
+A device carries a name of the caller's (`lo_file_name`, at most 63 bytes) by which it is found again. Looking at a
+device goes through its backing file (LOOP_GET_STATUS64 asks for its attributes), so it may block where that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+LO_FLAGS_READ_ONLY = 1
+LO_FLAGS_AUTOCLEAR = 4
+LO_FLAGS_PARTSCAN = 8
+LO_FLAGS_DIRECT_IO = 16
+LOOP_CLR_FD = 0x4C01
+LOOP_GET_STATUS64 = 0x4C05
+LOOP_CHANGE_FD = 0x4C06
+LOOP_SET_DIRECT_IO = 0x4C08
+LOOP_CONFIGURE = 0x4C0A
+LOOP_CTL_ADD = 0x4C80
+LOOP_CTL_GET_FREE = 0x4C82
+LOOP_MAJOR = 7
+LO_NAME_SIZE = 64
+
+_INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
+"""struct loop_info64 of <linux/loop.h>."""
+_CONFIG = struct.Struct(f"=II{_INFO.size}s8Q")
+"""struct loop_config: the file, the block size in bytes, the info, reserved words."""
+_ATTEMPTS = 128
+_DETACH_SECONDS = 2.0
+"""How long the last other opener (udev looking at the device) may take to close it."""
+
+
+class Status(NamedTuple):
+    """A loop device in use: its name, its file as (st_dev, st_ino), and where in the file it begins, in bytes."""
+
+    name: str
+    backing: tuple[int, int]
+    offset: int
+    flags: int
+
+    @property
+    def read_only(self) -> bool:
+        return bool(self.flags & LO_FLAGS_READ_ONLY)
+
+    @property
+    def direct_io(self) -> bool:
+        return bool(self.flags & LO_FLAGS_DIRECT_IO)
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    """A descriptor of a device; errors raised inside are about its path."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+    finally:
+        os.close(fd)
+
+
+def attach(
+    fd: int,
+    name: str,
+    *,
+    read_only: bool,
+    block_size: int = 512,
+    direct_io: bool = True,
+    partitions: bool = False,
+    autoclear: bool = False,
+) -> str:
+    """Attach the open file `fd` to a free loop device, in one step that nobody sees half done, and return its path.
+    Where the file or its file system cannot do direct I/O it is buffered.
+
+    Raises: OSError; EBUSY when other programs took every device we were offered.
+    """
+    flags = LO_FLAGS_READ_ONLY * read_only | LO_FLAGS_AUTOCLEAR * autoclear | LO_FLAGS_PARTSCAN * partitions
+    flags |= LO_FLAGS_DIRECT_IO * direct_io
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, flags, _name(name), b"", b"", 0, 0)
+    config = _CONFIG.pack(fd, block_size, info, *(0,) * 8)
+    device = _configure_free(config, os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        _verify(device, name, fd)
+    except OSError:
+        detach(device, name)
+        raise
+    return device
+
+
+def _name(name: str) -> bytes:
+    encoded = os.fsencode(name)
+    if len(encoded) >= LO_NAME_SIZE:
+        raise OSError(errno.ENAMETOOLONG, f"the name of a loop device has at most {LO_NAME_SIZE - 1} bytes", name)
+    return encoded
+
+
+def _configure_free(config: bytes, mode: int) -> str:
+    """LOOP_CONFIGURE the device that LOOP_CTL_GET_FREE offers. Others are offered the same one, so whoever comes
+    second (EBUSY) asks again. One that somebody keeps open exclusively is offered for ever, so then one is added."""
+    for attempt in range(_ATTEMPTS):
+        device = _free_device(add=attempt > _ATTEMPTS // 2)
+        try:
+            with _opened(device, mode) as fd:
+                fcntl.ioctl(fd, LOOP_CONFIGURE, config)
+            return device
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
+                raise
+            time.sleep(attempt / 10_000)
+    raise OSError(errno.EBUSY, "every loop device offered was taken by another program", "/dev/loop-control")
+
+
+def _free_device(*, add: bool) -> str:
+    with _opened("/dev/loop-control", os.O_RDWR) as control:
+        number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        if add:
+            number = _add_device(control, number + 1)
+    return _node(number)
+
+
+def _add_device(control: int, number: int) -> int:
+    for candidate in range(number, number + _ATTEMPTS):
+        with contextlib.suppress(FileExistsError):
+            return fcntl.ioctl(control, LOOP_CTL_ADD, candidate)
+    return number
+
+
+def _node(number: int) -> str:
+    """The node of loop device `number`, made where no devtmpfs makes it.
+
+    Raises: OSError(ENODEV) when something else has its name.
+    """
+    path = f"/dev/loop{number}"
+    device = os.makedev(LOOP_MAJOR, number)
+    if not os.path.exists(path):
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, stat.S_IFBLK | 0o660, device)
+    found = os.stat(path)
+    if not stat.S_ISBLK(found.st_mode) or found.st_rdev != device:
+        raise OSError(errno.ENODEV, f"not the node of block device {LOOP_MAJOR}:{number}", path)
+    return path
+
+
+def _verify(device: str, name: str, fd: int) -> None:
+    file = os.fstat(fd)
+    found = status(device)
+    if found is None or found.name != name or found.backing != (file.st_dev, file.st_ino):
+        raise OSError(errno.EIO, "the loop device is not what it was made", device)
+
+
+def status(device: str) -> Status | None:
+    """What `device` is attached to, or None when it is free or gone."""
+    try:
+        with _opened(device, os.O_RDONLY) as fd:
+            return _status(fd)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+
+
+def _status(fd: int) -> Status:
+    """Raises: OSError(ENXIO) when the device is free."""
+    raw = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(_INFO.size))
+    dev, inode, _, offset, _, _, _, _, flags, name, *_ = _INFO.unpack(raw)
+    return Status(os.fsdecode(name.split(b"\0")[0]), (dev, inode), offset, flags)
+
+
+def detach(device: str, name: str | None = None) -> None:
+    """Take `device` off its file, if it still carries `name` (any, when None), and wait until it is really free.
+    Nothing is done to one that is free, gone, or another's.
+
+    Raises: OSError(EBUSY) while it is mounted in any mount namespace, held by another device, or open.
+    """
+    try:
+        with _opened(device, os.O_RDONLY | os.O_EXCL) as fd:
+            if name is not None and _status(fd).name != name:
+                return
+            fcntl.ioctl(fd, LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            raise
+    _wait_until_free(device, name)
+
+
+def _wait_until_free(device: str, name: str | None) -> None:
+    """LOOP_CLR_FD answers at once, and the device goes when its last opener closes it."""
+    deadline = time.monotonic() + _DETACH_SECONDS
+    while (found := status(device)) is not None and name in (None, found.name):
+        if time.monotonic() > deadline:
+            raise OSError(errno.EBUSY, "still open elsewhere; it is detached when the last opener closes it", device)
+        time.sleep(0.005)
+
+
+def marked(prefix: str) -> dict[str, str]:
+    """The devices in use whose name begins with `prefix`, by name."""
+    found: dict[str, str] = {}
+    for number in _in_use():
+        device = f"/dev/loop{number}"
+        with contextlib.suppress(OSError):
+            state = status(device)
+            if state is not None and state.name.startswith(prefix):
+                found[state.name] = device
+    return found
+
+
+def _in_use() -> list[int]:
+    """The numbers of the attached devices: sysfs shows the `loop` attributes of those alone."""
+    names = (name[4:] for name in os.listdir("/sys/block") if name.startswith("loop"))
+    return [int(name) for name in names if name.isdigit() and os.path.exists(f"/sys/block/loop{name}/loop")]
+
+
+def is_free(device: str) -> bool:
+    """Whether nothing has `device` mounted or holds it exclusively, in any mount namespace: open with O_EXCL, for
+    any block device. One that is gone is free."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise
+    return True
+
+
+def change_fd(device: str, fd: int) -> None:
+    """Put another file of the same size under a read-only device, also while it is mounted.
+
+    Raises: OSError(EINVAL) when it is writable or the size differs.
+    """
+    with _opened(device, os.O_RDONLY) as loop:
+        fcntl.ioctl(loop, LOOP_CHANGE_FD, fd)
+
+
+def set_direct_io(device: str, on: bool) -> None:
+    """Go past the page cache of the file's own file system, which would keep a second copy.
+
+    Raises: OSError(EINVAL) when the file cannot.
+    """
+    with _opened(device, os.O_RDONLY) as loop:
+        fcntl.ioctl(loop, LOOP_SET_DIRECT_IO, int(on))

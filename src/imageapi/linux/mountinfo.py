@@ -1,0 +1,109 @@
+"""What is mounted where: /proc/<pid>/mountinfo (proc_pid_mountinfo(5)), which never touches a file system."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One mount. `dev` is "major:minor" of its st_dev, `root` the directory of that file system which is seen, and
+    `tags` its propagation: `shared:N`, `master:N`, `unbindable`; none for a private one."""
+
+    id: int
+    parent: int
+    dev: str
+    root: str
+    mountpoint: str
+    options: str
+    tags: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the mount itself is read-only, whatever its file system is."""
+        return "ro" in self.options.split(",")
+
+
+def _text(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def _parse(line: bytes) -> Mount:
+    fields = line.split(b" ")
+    dash = fields.index(b"-", 6)
+    dev, root, mountpoint, options = map(_text, fields[2:6])
+    tags = tuple(map(_text, fields[6:dash]))
+    fstype, source, super_options = map(_text, fields[dash + 1 : dash + 4])
+    return Mount(int(fields[0]), int(fields[1]), dev, root, mountpoint, options, tags, fstype, source, super_options)
+
+
+def read(pid: int | str = "self") -> list[Mount]:
+    """The mounts that `pid` sees. Raises: OSError when it is gone."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        return [_parse(line) for line in file.read().splitlines()]
+
+
+def place(path: str) -> str:
+    """`path` as mountinfo spells it. Only its parent is resolved: looking at what is mounted there might hang."""
+    parent, name = os.path.split(path.rstrip("/"))
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def stack(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
+    """The mounts at exactly `path`, lowest first."""
+    spot = place(path)
+    here = {mount.id: mount for mount in (read() if mounts is None else mounts) if mount.mountpoint == spot}
+    above = {mount.parent: mount for mount in here.values()}
+    lowest = next((mount for mount in here.values() if mount.parent not in here), None)
+    found = []
+    while lowest is not None:
+        found.append(lowest)
+        lowest = above.get(lowest.id)
+    return found
+
+
+def at(path: str, mounts: list[Mount] | None = None) -> Mount | None:
+    """The topmost mount at exactly `path`: the one umount(2) would take."""
+    return next(reversed(stack(path, mounts)), None)
+
+
+def below(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
+    """The mounts inside `path`, not at it, the deepest first: the order in which they can be unmounted."""
+    inside = f"{place(path)}/"
+    found = [mount for mount in (read() if mounts is None else mounts) if mount.mountpoint.startswith(inside)]
+    return sorted(found, key=lambda mount: mount.mountpoint.count("/"), reverse=True)
+
+
+def _namespaces() -> Iterator[int]:
+    """One process of every mount namespace but our own."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended, or is a zombie and has no namespace
+            namespace = os.readlink(f"/proc/{name}/ns/mnt")
+            if namespace not in seen:
+                seen.add(namespace)
+                yield int(name)
+
+
+def namespaces_where(wanted: Callable[[Mount], bool]) -> list[int]:
+    """One process of every other mount namespace that has such a mount."""
+    found = []
+    for pid in _namespaces():
+        with contextlib.suppress(OSError):
+            if any(map(wanted, read(pid))):
+                found.append(pid)
+    return found
+
+
+def holders(dev: str) -> list[int]:
+    """One process of every other mount namespace that still has a mount of the st_dev `dev` ("7:3"): umount and
+    LOOP_CLR_FD both succeed while it does, and the file system stays up. A detached tree is not seen."""
+    return namespaces_where(lambda mount: mount.dev == dev)
