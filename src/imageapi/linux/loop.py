@@ -86,7 +86,7 @@ def attach(
     """
     flags = LO_FLAGS_READ_ONLY * read_only | LO_FLAGS_AUTOCLEAR * autoclear | LO_FLAGS_PARTSCAN * partitions
     flags |= LO_FLAGS_DIRECT_IO * direct_io
-    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, flags, _name(name), b"", b"", 0, 0)
+    info = _INFO.pack(*(0,) * 8, flags, _name(name), b"", b"", 0, 0)
     config = _CONFIG.pack(fd, block_size, info, *(0,) * 8)
     device = _configure_free(config, os.O_RDONLY if read_only else os.O_RDWR)
     try:
@@ -172,7 +172,7 @@ def status(device: str) -> Status | None:
 def _status(fd: int) -> Status:
     """Raises: OSError(ENXIO) when the device is free."""
     raw = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(_INFO.size))
-    dev, inode, _, offset, _, _, _, _, flags, name, *_ = _INFO.unpack(raw)
+    dev, inode, _, offset, _, _, _, _, flags, name, *_rest = _INFO.unpack(raw)
     return Status(os.fsdecode(name.split(b"\0")[0]), (dev, inode), offset, flags)
 
 
