@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from lab.ceph import Cluster, wait_until
 from lab.images import systemd_image
-from lab.machine import Machine
 from tutorial import text
 from tutorial.text import Command
 
@@ -35,11 +34,11 @@ NATURE = ("mountpoint", "upperdir", "workdir", "logfile")
 
 
 @pytest.fixture(scope="module")
-def cluster(machine: Machine) -> Iterator[Cluster]:
+def cluster(ceph: Cluster) -> Iterator[Cluster]:
     """A Ceph with the image of the text in its pool; its `admin` is the real one."""
-    with machine.expecting(), Cluster().running() as cluster:
-        cluster.import_image(str(systemd_image()), "systemd.sqsh")
-        yield cluster
+    ceph.import_image(str(systemd_image()), "systemd.sqsh")
+    yield ceph
+    ceph.rbd("rm", "--no-progress", "rbd/systemd.sqsh")
 
 
 class Reader:

@@ -1,0 +1,209 @@
+"""A server of one test: the real process, on a Unix socket in the test's run directory, and a client for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lab.images import small_image
+from lab.processes import processes
+
+PATIENCE = 20.0
+"""Seconds until what should happen is given up."""
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """What `condition` returns once that is true.
+
+    Raises: AssertionError naming `what` was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        time.sleep(0.005)
+    return value
+
+
+class Server:
+    """`imageapi-server` with a run directory of its own. It may be stopped, killed and started again."""
+
+    def __init__(self, run_dir: Path, *options: str) -> None:
+        self.run_dir = run_dir
+        self.socket = run_dir / "api.sock"
+        self.log = run_dir / "server.log"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self.http = self.client()
+
+    def client(self) -> httpx.Client:
+        """A client of its own, for a thread of its own."""
+        transport = httpx.HTTPTransport(uds=str(self.socket))
+        return httpx.Client(transport=transport, base_url="http://localhost/imageapi/v1", timeout=60)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [sys.executable, "-m", "imageapi.server", "--scheme", "unix", "--socket-path", str(self.socket)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--run-dir", str(self.run_dir), *self._options], stdout=log, stderr=log, cwd="/"
+            )
+        eventually(self._answers, "the server answers")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/container").status_code == 200
+        return False
+
+    def stop(self) -> None:
+        """The normal end: containers run on."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(PATIENCE)
+            self._process = None
+            self.http.close()
+            self.http = self.client()
+
+    @property
+    def supervisor(self) -> int:
+        """The pid of this run directory's supervisor: the holder of its lock (proc_locks(5))."""
+        lock = os.stat(self.run_dir / "supervisor" / "lock")
+        device = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return next(int(fields[4]) for fields in held if fields[5] == device)
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    def get(self, path: str) -> Any:
+        return _good(self.http.get(path), 200)
+
+    def post(self, path: str, body: Any) -> Any:
+        return _good(self.http.post(path, json=body), 201)
+
+    def delete(self, path: str) -> Any:
+        return _good(self.http.delete(path), 200)
+
+    def refused(self, method: str, path: str, code: int, body: Any = None) -> dict[str, Any]:
+        """The problem that a request is answered with; it must have this code."""
+        answer = self.http.request(method, path, json=body)
+        problem: dict[str, Any] = answer.json()
+        assert (answer.status_code, problem.get("code")) == (code, code), problem
+        assert answer.headers["content-type"] == "application/json"
+        assert problem["message"]
+        return problem
+
+    def await_state(self, container: int | str, *states: str) -> Any:
+        """The container once it is in one of the states."""
+        return eventually(
+            lambda: (box := self.get(f"/container/{container}"))["state"] in states and box,
+            f"container {container} is {' or '.join(states)}",
+        )
+
+    def everything(self) -> list[Any]:
+        """All that the server has."""
+        return [item for collection in ("container", "mount", "attach") for item in self.get(f"/{collection}")]
+
+    def clear(self) -> None:
+        """Delete all, from the top."""
+        for box in self.get("/container"):
+            self.delete(f"/container/{box['id']}?force=true")
+        while pinned := [("mount", it) for it in self.get("/mount")] + [("attach", it) for it in self.get("/attach")]:
+            free = [(collection, it) for collection, it in pinned if it["refs"] <= 1]
+            for collection, it in reversed(free):
+                self.http.delete(f"/{collection}/{it['id']}")
+            assert free, pinned
+
+
+def _good(answer: httpx.Response, code: int) -> Any:
+    assert answer.status_code == code, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    return answer.json()
+
+
+@contextlib.contextmanager
+def running(run_dir: Path, *options: str) -> Iterator[Server]:
+    """A server, and at the end nothing of it: what the test left in it is deleted."""
+    server = Server(run_dir, *options)
+    server.start()
+    try:
+        yield server
+        server.clear()
+        assert server.everything() == []
+    finally:
+        server.stop()
+        server.http.close()
+
+
+@pytest.fixture
+def server(run_dir: Path) -> Iterator[Server]:
+    """A server of the test's own."""
+    with running(run_dir) as server:
+        yield server
+
+
+# --------------------------------------------------------------------------------------------- what tests ask for
+
+
+def image(**more: Any) -> dict[str, Any]:
+    """A loop attachment of the small image, as its kind route takes it."""
+    return {"path": str(small_image()), "base": "root", "ro": True, **more}
+
+
+def squashfs(**more: Any) -> dict[str, Any]:
+    """A mount of the small image, all in one."""
+    mount = {"fs_type": "squashfs", "mount_options": ["ro"], "loopback": image(**more)}
+    return {"kind": "loopback", "loopback": mount}
+
+
+def writable() -> dict[str, Any]:
+    """An overlay on the small image, all in one."""
+    return {"kind": "overlay", "overlay": {"lower": [squashfs()]}}
+
+
+def box(command: str, **more: Any) -> dict[str, Any]:
+    """A container on an overlay on the small image, all in one, and running."""
+    return {"mount": writable(), "command": command, "state": "running", **more}
+
+
+FOREVER = "/bin/sleep 1000000"
+
+
+def copy_of_small_image(directory: Path, name: str = "image.sqsh") -> Path:
+    """An image file of the test's own, to be spoilt."""
+    return Path(shutil.copy(small_image(), directory / name))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process lives: a zombie does not."""
+    return pid in processes()
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and wait for the end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid), f"process {pid} is gone")
