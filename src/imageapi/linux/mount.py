@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imageapi.linux.libc import (
     AT_EMPTY_PATH,
@@ -165,14 +165,14 @@ def _log(fd: int) -> Iterator[str]:
             yield line.decode("utf-8", "replace")[2:].strip()
 
 
-def configure(fd: int, source: str | None, options: Mapping[str, str | None]) -> None:
+def configure(fd: int, source: str | None, options: Iterable[tuple[str, str | None]]) -> None:
     """Give a context its source and options (None: a flag) and create the file system, which may sleep on storage.
 
     Raises: Explained; its filename is the option refused, or None when that was the whole.
     """
     if source is not None:
         fsconfig(fd, FSCONFIG_SET_STRING, "source", source)
-    for key, value in options.items():
+    for key, value in options:
         fsconfig(fd, FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING, key, value)
     fsconfig(fd, FSCONFIG_CMD_CREATE)
 
@@ -185,7 +185,7 @@ def explain(fstype: str, source: str | None, options: Mapping[str, str | None]) 
     except OSError as error:
         return f"the kernel has no file system {fstype}" if error.errno == errno.ENODEV else ""
     try:
-        configure(fd, source, options)
+        configure(fd, source, options.items())
     except Explained as error:
         return error.detail or (f"it refuses the option {error.filename}" if error.filename else "")
     finally:
