@@ -1,0 +1,82 @@
+"""What every test has: a directory of its own, a site on it, and the proof that it left the machine as it found it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imageapi.config import Site
+from lab import session as test_session
+from lab.machine import Machine
+
+MACHINE = pytest.StashKey[Machine]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest chooses where `tmp_path` is: it goes with the other temporary files of this run."""
+    machine = config.stash[MACHINE] = Machine(test_session.begin())
+    if config.option.basetemp is None:
+        config.option.basetemp = machine.session.disk / "pytest"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for stuck in config.stash[MACHINE].tidy():
+        print(f"still mounted, and left for you: {stuck}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    session = config.stash[MACHINE].session
+    who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+    return f"kernel {platform.release()}, {os.cpu_count()} cpus, {who}; places: {session.fast}, {session.disk}"
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """This machine. A fixture that starts what outlives a test does so `with machine.expecting():`."""
+    return request.config.stash[MACHINE]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_unchanged_by_the_run(machine: Machine) -> Iterator[None]:
+    """Services that outlive a test end with the run."""
+    before = machine.look()
+    yield
+    machine.expected.clear()
+    if left := machine.settle(before):
+        pytest.fail("the run has changed the machine\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def machine_unchanged(machine: Machine, machine_unchanged_by_the_run: None) -> Iterator[None]:
+    """Fails the test that leaves a mount, loop device, process, descriptor, file or control group behind."""
+    before = machine.look()
+    yield
+    if left := machine.settle(before):
+        pytest.fail("the test has changed the machine\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture
+def run_dir(machine: Machine) -> Iterator[Path]:
+    """A fresh directory in memory. What the test mounts in it, the test must umount."""
+    path = machine.session.fast / f"run-{secrets.token_hex(3)}"
+    path.mkdir(mode=0o755)
+    yield path
+    if mounted := machine.remove(path):
+        pytest.fail("still mounted in the run directory\n" + "\n".join(mounted), pytrace=False)
+
+
+@pytest.fixture
+def site(machine: Machine, run_dir: Path) -> Site:
+    """A site on the run directory, its directories made, its instance of its own."""
+    site = Site(run_dir=str(run_dir), instance=machine.session.token + secrets.token_hex(2))
+    for directory in (site.mounts_dir, site.logs_dir, site.supervisor_dir):
+        os.mkdir(directory, 0o755)
+    for private in (site.state_dir, site.helpers_dir):
+        os.mkdir(private, 0o700)
+    return site

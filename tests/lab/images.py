@@ -1,0 +1,31 @@
+"""The images that tests mount: each run works on copies in its own place, so that a loop device tells whose it is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lab.session import current
+from tools import images
+from tools.images import Format
+
+
+def systemd_image() -> Path:
+    """A small Debian with systemd, as squashfs. Its first process is `/usr/lib/systemd/systemd`."""
+    return _own_copy(images.systemd_image())
+
+
+def small_image(format: Format = "squashfs") -> Path:
+    """Busybox, a few files, and commands that cannot be run: see `tools.images.small_image`."""
+    return _own_copy(images.small_image(format))
+
+
+def _own_copy(image: Path) -> Path:
+    """A copy in this run's place in memory, made once a run; the image itself outside of a run."""
+    session = current()
+    if session is None:
+        return image
+    copy = session.images / image.name
+    if not copy.exists():
+        shutil.copyfile(image, copy)
+    return copy

@@ -1,0 +1,193 @@
+"""What a test leaves behind: the machine is looked at before and after, and every difference is named.
+
+Looked at are mounts, loop devices, control groups, processes, this process' descriptors, and files in the places where
+ours appear. What belongs to another test run on the same machine is left out; so is what a service that outlives a
+test is made of, once it is registered by `Machine.expecting`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.processes import Process, processes
+from lab.session import PREFIX, Session, neighbours
+from tools.images import cache_directory
+
+DEADLINE = 5.0
+"""Seconds that the kernel and ending processes have to finish what goes on after the test."""
+
+
+class Trace(NamedTuple):
+    """One thing that can be left behind. Two looks at the same thing give equal traces."""
+
+    kind: str
+    identity: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.identity}"
+
+
+LASTING = ("mount", "loop device")
+"""Kinds of which a test may not take away either."""
+
+
+class Machine:
+    """This machine, as one test run sees it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.expected: set[Trace] = set()
+
+    def look(self) -> set[Trace]:
+        """All traces that are there now."""
+        found = {*self._mounts(), *self._loops(), *self._cgroups(), *_descriptors(), *self._files()}
+        return found | {_process_trace(process) for process in processes().values()}
+
+    def difference(self, before: set[Trace]) -> list[str]:
+        """What is there now and was not, and what lasting thing is gone; a sentence each."""
+        now = self.look()
+        new = {trace for trace in now - before - self.expected if self._is_ours(trace)}
+        gone = {trace for trace in before - now - self.expected if trace.kind in LASTING}
+        return sorted([*(f"left behind: {_described(trace)}" for trace in new), *(f"taken away: {x}" for x in gone)])
+
+    def settle(self, before: set[Trace], deadline: float | None = None) -> list[str]:
+        """The difference that stays. What is only on its way out has until the deadline (seconds) to go."""
+        end = time.monotonic() + (DEADLINE if deadline is None else deadline)
+        if not (left := self.difference(before)):
+            return []
+        gc.collect()  # a descriptor held by a cycle of garbage is not leaked
+        while (left := self.difference(before)) and time.monotonic() < end:
+            time.sleep(0.02)
+        return left
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Within it a service starts that outlives the test (a Ceph cluster): what appears is expected from now on.
+
+        Its restart is expected only when it happens within one again.
+        """
+        before = self.look()
+        yield
+        self.expected |= {trace for trace in self.look() - before if self._is_ours(trace)}
+
+    def _mounts(self) -> Iterator[Trace]:
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            own, _, rest = line.partition(" - ")
+            if not self._is_foreign(line):
+                yield Trace("mount", f"{own} {' '.join(rest.split()[:2])}")
+
+    def _loops(self) -> Iterator[Trace]:
+        for node in Path("/sys/block").glob("loop*"):
+            with contextlib.suppress(OSError):
+                file = (node / "loop/backing_file").read_text().strip()
+                if not self._is_foreign(file):
+                    yield Trace("loop device", f"/dev/{node.name} on {file}")
+
+    def _is_foreign(self, text: str) -> bool:
+        """Whether it is another run's, or of an image that is being built."""
+        return self.session.concerns_a_neighbour(text) or str(cache_directory()) in text
+
+    def _cgroups(self) -> Iterator[Trace]:
+        others = [instance for place in neighbours(self.session) for instance in _instances(place)]
+        for path in _groups():
+            if not any(instance in path for instance in others):
+                yield Trace("control group", path)
+
+    def _files(self) -> Iterator[Trace]:
+        """Those with our name in the usual places, and all that lies directly in this run's own."""
+        usual = (path for place in ("/run", "/tmp", "/var/tmp", "/dev/shm") for path in Path(place).glob("imageapi*"))
+        inside = (path for place in self.own_places for path in place.glob("*") if path.name != "pytest")
+        for path in (*usual, *inside, *Path("/run/imageapi").glob("*/*")):
+            if not self.session.concerns_a_neighbour(str(path)):
+                yield Trace("file", str(path))
+
+    @property
+    def own_places(self) -> set[Path]:
+        return {self.session.fast, self.session.disk}
+
+    def _is_ours(self, trace: Trace) -> bool:
+        """Whether something new is of this run's making. Only processes and, under systemd, control groups come and go
+        on a machine by themselves."""
+        if trace.kind == "process":
+            process = _process_of(trace)
+            return process is not None and process.belongs_to(self.session)
+        if trace.kind == "control group" and os.path.isdir("/run/systemd/system"):
+            return "imageapi" in trace.identity
+        return True
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def tidy(self) -> list[str]:
+        """At the end of a run: remove what failed or interrupted tests left of this run, and its places.
+
+        Returns what would not go.
+        """
+        for process in processes().values():
+            if process.pid != os.getpid() and process.belongs_to(self.session):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        for mountpoint in reversed(self._own_mounts()):
+            subprocess.run(["umount", mountpoint], check=False, capture_output=True)
+        for trace in self._loops():
+            if self.session.name in trace.identity:
+                subprocess.run(["losetup", "-d", trace.identity.split()[0]], check=False, capture_output=True)
+        return [stuck for place in self.own_places for stuck in self.remove(place)]
+
+    def _own_mounts(self) -> list[str]:
+        mountpoints = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+        return [mountpoint for mountpoint in mountpoints if f"/{self.session.name}/" in f"{mountpoint}/"]
+
+    def remove(self, directory: Path) -> list[str]:
+        """Remove a directory of this run's, unless something is still mounted in it: that would be emptied too.
+
+        Returns the mountpoints in the way.
+        """
+        mounted = [path for path in self._own_mounts() if f"{path}/".startswith(f"{directory}/")]
+        if not mounted:
+            shutil.rmtree(directory, ignore_errors=True)
+        return mounted
+
+
+def _process_trace(process: Process) -> Trace:
+    return Trace("process", f"{process.pid} started at tick {process.started}")
+
+
+def _described(trace: Trace) -> str:
+    """With the command line where it is a process: that changes during its life, so it is no part of its identity."""
+    process = _process_of(trace)
+    return f"{trace}: {process.command}" if process else str(trace)
+
+
+def _process_of(trace: Trace) -> Process | None:
+    return processes().get(int(trace.identity.split()[0])) if trace.kind == "process" else None
+
+
+def _descriptors() -> Iterator[Trace]:
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            yield Trace("descriptor", f"{number} of the test process: {os.readlink(f'/proc/self/fd/{number}')}")
+
+
+def _groups() -> Iterator[str]:
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    for hierarchy in [fields[1] for fields in mounts if fields[2] in ("cgroup", "cgroup2")]:
+        yield from (f"{parent}/{name}" for parent, names, _ in os.walk(hierarchy) for name in names)
+
+
+def _instances(place: Path) -> Iterator[str]:
+    """What marks the control groups of another run: its token (with what precedes it in a mark or a group's name), and
+    the random id of each server it has started."""
+    token = place.name.removeprefix(PREFIX)
+    yield from (f"imageapi{separator}{token}" for separator in ":-_")
+    for file in place.glob("**/instance"):
+        with contextlib.suppress(OSError):
+            yield file.read_text().strip() or token
