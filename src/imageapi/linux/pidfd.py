@@ -1,0 +1,121 @@
+"""Processes by descriptor (pidfd_open(2)), and what /proc says of one (proc_pid_stat(5), proc_pid_status(5)).
+
+A pid is reused; a process is its pid with its start time, or the inode of its pidfd where the kernel has one for each
+(6.9). From 6.15 on a pidfd tells how its process ended, to anybody, once it has been reaped; and it can be parked: it
+is then a mount, which outlives every process that had the descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import signal
+
+from imageapi.linux.libc import AT_EMPTY_PATH, AT_FDCWD
+from imageapi.linux.mount import MOVE_MOUNT_F_EMPTY_PATH, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, move_mount, open_tree
+
+PIDFD_INFO_EXIT = 1 << 3
+
+
+class _PidfdInfo(ctypes.Structure):
+    """struct pidfd_info as first published (64 bytes); see linux/pidfd.h."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint64),
+        ("cgroupid", ctypes.c_uint64),
+        ("identities", ctypes.c_uint32 * 11),
+        ("exit_code", ctypes.c_int32),
+    )
+
+
+PIDFD_GET_INFO = 3 << 30 | ctypes.sizeof(_PidfdInfo) << 16 | 0xFF << 8 | 11
+"""_IOWR(0xFF, 11, struct pidfd_info)."""
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor of the process. Raises: ProcessLookupError."""
+    return os.pidfd_open(pid)
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Send a signal. Raises: ProcessLookupError when the process has been reaped."""
+    signal.pidfd_send_signal(pidfd, number)
+
+
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since the boot; None when it has ended (a zombie has, too)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            line = file.read(1024)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = line[line.rindex(b")") + 2 :].split()  # the name before it may hold anything
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def exit_info(pidfd: int) -> int | None:
+    """The wait status (wait(2)) of a process that has ended and been reaped, by whomever; None before that, and where
+    the kernel does not keep it (older than 6.15)."""
+    info = _PidfdInfo(mask=PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOTTY):
+            return None
+        raise
+    return info.exit_code if info.mask & PIDFD_INFO_EXIT else None
+
+
+def inode(pidfd: int) -> int | None:
+    """What is the process's own until the next boot; None where all pidfds share one inode (older than 6.9)."""
+    status = os.fstat(pidfd)
+    return None if status.st_dev == _anonymous_device() else status.st_ino
+
+
+def is_pidfd(descriptor: int) -> bool:
+    """Whether a descriptor that was opened by path is a pidfd, and no file in its place."""
+    try:
+        signal.pidfd_send_signal(descriptor, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return True
+
+
+@functools.cache
+def _anonymous_device() -> int:
+    """The device of descriptors that have no inode of their own; before 6.9 pidfds were among them."""
+    descriptor = os.eventfd(0)
+    try:
+        return os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
+
+
+def park(pidfd: int, path: str) -> None:
+    """Mount the process's pidfd on the file `path`: opened later, it is the pidfd again.
+
+    Raises: OSError(EINVAL) where the kernel cannot (older than 6.15).
+    """
+    tree = open_tree(pidfd, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH)
+    try:
+        move_mount(tree, "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal, or blocks it in some thread so as to fetch it (sigwait(3));
+    False once it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return any(_takes(f"/proc/{pid}/task/{thread}/status", number) for thread in os.listdir(f"/proc/{pid}/task"))
+    return False
+
+
+def _takes(path: str, number: int) -> bool:
+    with open(path, "rb") as file:
+        fields = dict(line.split(b":", 1) for line in file)
+    return bool((int(fields[b"SigBlk"], 16) | int(fields[b"SigCgt"], 16)) >> (number - 1) & 1)
