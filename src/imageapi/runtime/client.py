@@ -1,0 +1,334 @@
+"""The server's end of the supervisor: calls with a deadline, and the news of containers that have ended.
+
+When the supervisor dies, another is launched and asked what it found; the containers that ended meanwhile are news
+like any other. A start that was under way has failed, and what may have come of it is killed. Every other call is
+made again, since it can be made twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.runtime import protocol
+from imageapi.runtime.protocol import (
+    Answer,
+    Call,
+    Done,
+    Ended,
+    Failed,
+    Forget,
+    Hello,
+    Kill,
+    Life,
+    List,
+    Lives,
+    Quit,
+    Request,
+    Signal,
+    Start,
+    Started,
+    Welcome,
+)
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT = 5.0
+"""Seconds for a call that the supervisor answers at once, a new supervisor's appearance included."""
+MARGIN = 3.0
+"""Seconds that a start's answer may take beyond the start's own timeout."""
+PAUSE = 0.002
+"""Seconds between two looks whether a launched supervisor listens."""
+RELAUNCH = 0.5
+"""Seconds until it is launched again."""
+
+A = TypeVar("A", Welcome, Started, Lives, Done)
+
+
+class _Lost(Exception):
+    """The supervisor hung up before it answered."""
+
+
+class _Connection:
+    """One connection. `on_news` gets what nobody asked for; `on_lost` is called when the other end has gone."""
+
+    def __init__(self, channel: socket.socket, on_news: Callable[[Answer], None], on_lost: Callable[[], None]) -> None:
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._on_news = on_news
+        self._on_lost = on_lost
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._loop.add_reader(channel, self._hear)
+
+    async def ask(self, request: Request, descriptor: int | None) -> Answer:
+        """The answer to a request. Raises: _Lost."""
+        self._number += 1
+        number = self._number
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting[number] = answer
+        try:
+            await self._send(protocol.encode(Call(number, request)), descriptor)
+            return await answer
+        finally:
+            del self._waiting[number]
+
+    async def _send(self, data: bytes, descriptor: int | None) -> None:
+        while True:
+            try:
+                socket.send_fds(self._channel, [data], [] if descriptor is None else [descriptor])
+                return
+            except BlockingIOError:
+                await self._writable()
+            except OSError:
+                raise _Lost from None
+
+    async def _writable(self) -> None:
+        ready = asyncio.Event()
+        self._loop.add_writer(self._channel, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            self._loop.remove_writer(self._channel)
+
+    def _hear(self) -> None:
+        try:
+            data = self._channel.recv(protocol.MESSAGE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            self._on_lost()
+            return
+        reply = protocol.decode_reply(data)
+        waiting = self._waiting.get(reply.number)
+        if reply.number == 0:
+            self._on_news(reply.body)
+        elif waiting is not None and not waiting.done():
+            waiting.set_result(reply.body)
+
+    def close(self) -> None:
+        """Hang up; who still waits for an answer gets none."""
+        if self._channel.fileno() >= 0:
+            self._loop.remove_reader(self._channel)
+            self._channel.close()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(_Lost())
+
+
+class Supervisor:
+    """The supervisor of a site. `launch` has one started, and does nothing where one lives; `on_ended` is called in the
+    event loop for each life that ends while we watch, and for those that ended while no supervisor did."""
+
+    def __init__(self, site: Site, *, launch: Callable[[], None], on_ended: Callable[[Ended], None]) -> None:
+        self._site = site
+        self._launch = launch
+        self._on_ended = on_ended
+        self._connection: asyncio.Task[_Connection] | None = None
+        self._running: dict[int, int] = {}
+        self._unwanted: set[tuple[int, int]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.pid: int | None = None
+
+    async def connect(self) -> list[Life]:
+        """Find the supervisor, or have it launched; all lives it knows.
+
+        Raises: errors.Problem.
+        """
+        lives = await self.list()
+        self._running = {life.id: life.attempt for life in lives if life.running}
+        return lives
+
+    def close(self) -> None:
+        """Leave the supervisor to itself."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if connection.done() and not connection.cancelled() and connection.exception() is None:
+            connection.result().close()
+        connection.cancel()
+
+    # ---------------------------------------------------------------------------------------------------- verbs
+
+    async def start(self, order: Start, root: int) -> Started:
+        """Have `order` executed in the tree `root`, a descriptor that stays the caller's.
+
+        Raises: errors.Problem, and then nothing runs; errors.TimedOut, when the process has still to come back from
+        the kernel: its end is news.
+        """
+        try:
+            started = _expect(await self._ask(order, root, order.timeout + MARGIN), Started)
+        except _Lost:
+            self._unwanted.add((order.id, order.attempt))
+            raise errors.Problem("the supervisor ended while it started the container; ask again") from None
+        self._running[order.id] = order.attempt
+        return started
+
+    async def signal(self, container: int, attempt: int, number: int) -> None:
+        """Send the first process a signal; one that has ended needs none. Raises: errors.Problem."""
+        await self._call(Signal(container, attempt, number), Done)
+
+    async def kill(self, container: int, attempt: int) -> None:
+        """End all processes; that they have ended is news. Raises: errors.Problem."""
+        await self._call(Kill(container, attempt), Done)
+
+    async def forget(self, container: int, attempt: int) -> None:
+        """Have the record of an end dropped; nothing to drop is no error. Raises: errors.Problem."""
+        await self._call(Forget(container, attempt), Done)
+
+    async def list(self) -> list[Life]:
+        """All lives it knows, in order of id. Raises: errors.Problem."""
+        lives: list[Life] = []
+        while True:
+            page = await self._call(List(above=lives[-1].id if lives else -1), Lives)
+            lives += page.lives
+            if not page.more:
+                return lives
+
+    async def quit(self) -> None:
+        """Have it end, and leave nothing in the kernel. Raises: errors.Conflict, while containers run."""
+        self._closed = True
+        try:
+            await self._call(Quit(), Done)
+        except errors.Problem:
+            self._closed = False
+            raise
+
+    # ---------------------------------------------------------------------------------------------------- calls
+
+    async def _call(self, request: Request, kind: type[A]) -> A:
+        """The answer to a request that can be made twice: a supervisor that dies over it is asked again."""
+        while True:
+            with contextlib.suppress(_Lost):
+                return _expect(await self._ask(request, None, CALL_TIMEOUT), kind)
+
+    async def _ask(self, request: Request, descriptor: int | None, timeout: float) -> Answer:
+        what = type(request).__name__.lower()
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await asyncio.shield(self._connected())
+                return await connection.ask(request, descriptor)
+        except TimeoutError:
+            raise errors.TimedOut(f"the supervisor did not answer '{what}' in {timeout:g}s") from None
+
+    def _connected(self) -> asyncio.Task[_Connection]:
+        """The connection, or the attempt to have one."""
+        task = self._connection
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._connection = asyncio.create_task(self._connect())
+        return task
+
+    async def _connect(self) -> _Connection:
+        channel = await self._find()
+        connection = _Connection(channel, self._hear, self._lost)
+        try:
+            self.pid = _expect(await connection.ask(Hello(), None), Welcome).pid
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _find(self) -> socket.socket:
+        """The supervisor's end, once it listens; it is launched until it does."""
+        loop = asyncio.get_running_loop()
+        launched = -RELAUNCH
+        while True:
+            channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            try:
+                self._reach(channel)
+                return channel
+            except OSError:
+                channel.close()
+            if loop.time() - launched >= RELAUNCH:
+                self._launch()
+                launched = loop.time()
+            await asyncio.sleep(PAUSE)
+
+    def _reach(self, channel: socket.socket) -> None:
+        """Connect by a descriptor of the directory: the path may be longer than a socket's address (unix(7))."""
+        directory = os.open(self._site.supervisor_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            channel.connect(f"/proc/self/fd/{directory}/{protocol.SOCKET}")
+        finally:
+            os.close(directory)
+
+    # ----------------------------------------------------------------------------------------------------- news
+
+    def _hear(self, news: Answer) -> None:
+        if not isinstance(news, Ended):
+            return
+        if (news.id, news.attempt) in self._unwanted:
+            self._unwanted.discard((news.id, news.attempt))
+            self._spawn(self.forget(news.id, news.attempt))
+            return
+        if self._running.get(news.id) == news.attempt:
+            del self._running[news.id]
+        self._on_ended(news)
+
+    def _lost(self) -> None:
+        if self._connection is None or not self._connection.done():
+            return  # whoever tries to connect sees it for himself
+        self._connection = self.pid = None
+        if not self._closed:
+            log.warning("the supervisor has gone; another takes its place")
+            self._spawn(self._resume())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _resume(self) -> None:
+        """Ask a new supervisor what became of the containers."""
+        while True:
+            try:
+                lives = {life.id: life for life in await self.list()}
+                break
+            except errors.Problem as problem:
+                log.error("there is no supervisor: %s", problem.message)
+        for container, attempt in list(self._running.items()):
+            life = lives.get(container)
+            if life is None or life.attempt != attempt or not life.running:
+                self._hear(_news(container, attempt, life))
+        for life in lives.values():
+            if (life.id, life.attempt) in self._unwanted:
+                await self._discard(life)
+
+    async def _discard(self, life: Life) -> None:
+        """End what came of a start that has failed for its caller."""
+        if life.running:
+            await self.kill(life.id, life.attempt)
+        else:
+            self._unwanted.discard((life.id, life.attempt))
+            await self.forget(life.id, life.attempt)
+
+
+def _expect(answer: Answer, kind: type[A]) -> A:
+    """The answer, if it is of this kind. Raises: errors.Problem, when it is a failure."""
+    if isinstance(answer, Failed):
+        raise errors.from_dict(answer.problem)
+    if not isinstance(answer, kind):
+        raise errors.Problem(f"the supervisor answered {type(answer).__name__} where {kind.__name__} was expected")
+    return answer
+
+
+def _news(container: int, attempt: int, life: Life | None) -> Ended:
+    """What became of a life of which a new supervisor knows the end, or nothing."""
+    if life is not None and life.attempt == attempt and life.finished_at is not None:
+        return Ended(container, attempt, life.exit_code, life.finished_at)
+    return Ended(container, attempt, None, datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"))

@@ -1,0 +1,380 @@
+"""One life of a container, as its supervisor sees it: cloned or adopted, executed, ended.
+
+Everything is driven by descriptors that become readable, and nothing waits: the tie says how the exec went, the pidfd
+that the process has ended, the FIFO that there is output. An end is read, written to disk, and only then reaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from imageapi import errors
+from imageapi.linux import cgroup, namespaces, pidfd
+from imageapi.runtime import entries, init, output
+from imageapi.runtime.entries import Entry
+from imageapi.runtime.keep import Keep
+from imageapi.runtime.loop import Loop, Timer
+from imageapi.runtime.protocol import Answer, Ended, Failed, Life, Start, Started
+
+FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
+REAPING = 10.0
+"""Seconds that the end of a process which is not our child may stay unreaped, until its exit code is given up."""
+EBUSY_PAUSE, EBUSY_TRIES = 0.02, 100
+"""A cgroup is busy until the kernel is done with its last process: seconds between tries, and how many."""
+OPEN_GATE = b"\n"
+
+
+class Surroundings(NamedTuple):
+    """What all lives share. `hierarchies` are cgroup hierarchies, each with a descriptor of the directory in which
+    groups are made; `freezer` is that of the version 1 freezer's root."""
+
+    directory: int
+    logs: int
+    keep: Keep
+    loop: Loop
+    boot_id: str
+    instance: str
+    hierarchies: Sequence[tuple[cgroup.Hierarchy, int]]
+    freezer: int | None
+    ignored: Sequence[int]
+    adjust_oom: bool
+
+    def uuid(self, container: int) -> str:
+        """An id that no other container has, on any host, and this one has until the next boot."""
+        digits = f"{self.boot_id.replace('-', '')[:16]}{self.instance:>8.8}{container:08x}"
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+class Container:
+    """A life. `ended` is called once, when it is over and its end on disk, with the news of it; None for a start that
+    failed, of which nothing is left."""
+
+    def __init__(self, around: Surroundings, ended: Callable[[Container, Ended | None], None]) -> None:
+        self._around = around
+        self._ended = ended
+        self._answer: Callable[[Answer], None] | None = None
+        self._tie: socket.socket | None = None
+        self._deadline: Timer | None = None
+        self._problem: errors.Problem | None = None
+        self._pidfd = self._output = -1
+        self._notify: socket.socket | None = None
+        self._ours = self._parked = False
+        self.entry: Entry
+
+    @property
+    def life(self) -> Life:
+        return self.entry.life
+
+    # -------------------------------------------------------------------------------------------------- a start
+
+    def start(self, order: Start, root: int, answer: Callable[[Answer], None]) -> None:
+        """Have a child become the container; `answer` is called when it has, or has failed to.
+
+        Raises: OSError, when there is no child; nothing is left then.
+        """
+        self._answer = answer
+        with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
+            self._output = output.make(self._around.directory, order.id)
+            undo.callback(output.remove, self._around.directory, order.id)
+            undo.callback(os.close, self._output)
+            host = self._open_host(f"{order.id}.{order.attempt}", passing, undo) if order.systemd else None
+            group, born_in = self._make_group(order, passing, undo) if order.systemd else ("", None)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            passing.callback(theirs.close)
+            undo.callback(ours.close)
+            pid, self._pidfd = namespaces.clone(FLAGS, born_in)
+            if pid == 0:
+                init.run(order, self._inheritance(order, root, theirs, ours, group, host))
+            undo.pop_all()
+        self._begin(order, pid, ours, group)
+
+    def _open_host(self, name: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
+        """The directory that systemd gets to notify us, as a tree."""
+        undo.callback(self._around.keep.drop_host, name)
+        self._notify = self._around.keep.listen(name)
+        undo.callback(self._notify.close)
+        host = self._around.keep.host_tree(name)
+        passing.callback(os.close, host)
+        return host
+
+    def _make_group(
+        self, order: Start, passing: contextlib.ExitStack, undo: contextlib.ExitStack
+    ) -> tuple[str, int]:
+        """The name of the container's groups, and a descriptor of the one in which it is born."""
+        group = f"{order.mark}-{order.attempt}".replace(":", "-").replace("/", "-")
+        for hierarchy, directory in self._around.hierarchies:
+            if hierarchy.is_v2:
+                cgroup.make(directory, group)
+                undo.callback(cgroup.remove, directory, group)
+                born_in = os.open(group, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+                passing.callback(os.close, born_in)
+                return group, born_in
+        raise errors.Unsupported("systemd needs cgroup2, which is not mounted on this host; mount it, and start again")
+
+    def _inheritance(
+        self, order: Start, root: int, theirs: socket.socket, ours: socket.socket, group: str, host: int | None
+    ) -> init.Inheritance:
+        around = self._around
+        return init.Inheritance(
+            root=root,
+            tie=theirs,
+            supervisors_tie=ours,
+            directory=around.directory,
+            logs=around.logs,
+            group=group,
+            groups=[directory for hierarchy, directory in around.hierarchies if not hierarchy.is_v2],
+            host=host,
+            uuid=around.uuid(order.id),
+            ignored=around.ignored,
+            adjust_oom=around.adjust_oom,
+        )
+
+    def _begin(self, order: Start, pid: int, tie: socket.socket, group: str) -> None:
+        """There is a child: put it on disk, open its gate, and watch it."""
+        self._ours = True
+        self._tie = tie
+        started = pidfd.start_time(pid)
+        groups = [f"{hierarchy.directory}/{group}" for hierarchy, _ in self._around.hierarchies] if group else []
+        self.entry = Entry(
+            life=Life(id=order.id, attempt=order.attempt, pid=pid, start_time=started or 0),
+            boot_id=self._around.boot_id,
+            inode=pidfd.inode(self._pidfd),
+            logfile=order.logfile,
+            groups=groups,
+        )
+        self._watch()
+        self._around.loop.watch(tie.fileno(), self._on_tie)
+        self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
+        try:
+            entries.save(self._around.directory, self.entry)
+            tie.send(OPEN_GATE)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # that one has failed by itself, and said why
+                self._fail(errors.from_oserror(error, "noting the container's process"))
+
+    def _watch(self) -> None:
+        loop = self._around.loop
+        loop.watch(self._pidfd, self._on_end)
+        loop.watch(self._output, self._on_output)
+        if self._notify is not None:
+            loop.watch(self._notify.fileno(), self._on_notify)
+
+    def _on_tie(self) -> None:
+        """The child has executed, which closes its end, or says why it has not."""
+        if self._tie is None:
+            return
+        try:
+            said = self._tie.recv(1 << 16)
+        except ConnectionResetError:  # it ended without reading our word
+            said = b""
+        self._cut_tie()
+        if said:
+            self._problem = errors.from_dict(msgspec.json.decode(said))
+        elif self._problem is None:
+            life = self.life
+            self._say(Started(life.id, life.attempt, life.pid, life.start_time))
+            self._around.loop.after(0, self._park)
+
+    def _cut_tie(self) -> None:
+        if self._tie is not None:
+            self._around.loop.unwatch(self._tie.fileno())
+            self._tie.close()
+            self._tie = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _fail(self, problem: errors.Problem) -> None:
+        """Give the start up; the answer is given when the child is gone."""
+        self._problem = problem
+        self._cut_tie()
+        self.kill()
+
+    def _give_up(self, order: Start) -> None:
+        """The exec has not come back: answer, and let the process end when its storage lets it."""
+        self._fail(errors.TimedOut(
+            f"{order.argv[0]} could not be read from the image in {order.timeout:g}s; its storage does not answer"
+        ))
+        self._say(self._failure())
+
+    def _failure(self) -> Failed:
+        assert self._problem is not None
+        return Failed(self._problem.to_dict())
+
+    def _say(self, answer: Answer) -> None:
+        if self._answer is not None:
+            self._answer(answer)
+            self._answer = None
+
+    def _park(self) -> None:
+        if self._pidfd >= 0 and self.life.running:
+            self._parked = self._around.keep.park(self._pidfd, self.entry.name)
+
+    # ------------------------------------------------------------------------------------------------- adoption
+
+    def adopt(self, entry: Entry) -> None:
+        """Take up a life that another supervisor began; it may have ended since."""
+        self.entry = entry
+        if not entry.life.running:
+            return
+        found = self._around.keep.parked(entry.name)
+        self._parked = found is not None
+        if found is None:
+            found = _open_same(entry)
+        if found is None:
+            self._finish(None)
+            return
+        self._pidfd = found
+        self._reopen()
+        self._watch()
+        if not self._parked:
+            self._park()
+
+    def _reopen(self) -> None:
+        try:
+            self._output = output.reopen(self._around.directory, self.life.id)
+        except FileNotFoundError:
+            self._output = output.make(self._around.directory, self.life.id)
+        if self.entry.groups:
+            self._notify = self._around.keep.listen(self.entry.name)
+
+    # -------------------------------------------------------------------------------------------- while it lives
+
+    def signal(self, number: int) -> None:
+        """Send the first process a signal; one that has ended needs none."""
+        with contextlib.suppress(ProcessLookupError):
+            pidfd.send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one."""
+        self._thaw()
+        self.signal(signal.SIGKILL)
+
+    def _thaw(self) -> None:
+        if self._around.freezer is None:
+            return
+        with contextlib.suppress(OSError):  # the process may be gone
+            groups = cgroup.own_groups(self.life.pid)
+            group = next((path for name, path in groups.items() if "freezer" in name.split(",")), "/")
+            if group != "/":
+                cgroup.thaw(self._around.freezer, group.lstrip("/"))
+
+    def _on_output(self) -> None:
+        output.copy(self._output, self._around.logs, self.entry.logfile)
+
+    def _on_notify(self) -> None:
+        """Take what systemd says off the socket: one that nobody reads blocks it for ever."""
+        assert self._notify is not None
+        with contextlib.suppress(BlockingIOError):
+            while self._notify.recv(4096):
+                pass
+
+    # --------------------------------------------------------------------------------------------------- its end
+
+    def _on_end(self) -> None:
+        if self._tie is not None:
+            self._on_tie()
+        if self._ours:
+            self._finish(self._wait(os.WEXITED | os.WNOHANG | os.WNOWAIT))
+            return
+        status = pidfd.exit_info(self._pidfd)
+        if status is None and self._parked and self._deadline is None:
+            self._around.loop.watch_hangup(self._pidfd)
+            self._deadline = self._around.loop.after(REAPING, lambda: self._finish(None))
+            return
+        self._finish(None if status is None else _exit_code(status))
+
+    def _wait(self, options: int) -> int | None:
+        """The exit code of our child. Raises: ChildProcessError."""
+        found = os.waitid(os.P_PIDFD, self._pidfd, options)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else 128 + found.si_status
+
+    def _finish(self, code: int | None) -> None:
+        """The first process has ended, and so have all others: note it, reap it, tell of it."""
+        if not self.life.running:
+            return
+        if self._output >= 0:
+            output.drain(self._output, self._around.logs, self.entry.logfile)
+        over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=_now())
+        self.entry = msgspec.structs.replace(self.entry, life=over)
+        failed = self._problem is not None and self._answer is not None
+        if failed:
+            entries.remove(self._around.directory, self.life.id)
+        else:
+            entries.save(self._around.directory, self.entry)
+        if self._ours:
+            self._wait(os.WEXITED | os.WNOHANG)
+        self._clear()
+        if failed:
+            self._say(self._failure())
+        self._ended(self, None if failed else Ended(over.id, over.attempt, code, over.finished_at or ""))
+
+    def _clear(self) -> None:
+        """Let go of all that only a living container needs."""
+        around, loop = self._around, self._around.loop
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for descriptor in (self._pidfd, self._output):
+            if descriptor >= 0:
+                loop.unwatch(descriptor)
+                os.close(descriptor)
+        self._pidfd = self._output = -1
+        output.remove(around.directory, self.life.id)
+        if self._parked:
+            around.keep.unpark(self.entry.name)
+        if self._notify is not None:
+            loop.unwatch(self._notify.fileno())
+            self._notify.close()
+            self._notify = None
+        if self.entry.groups:
+            around.keep.drop_host(self.entry.name)
+            self._remove_groups(EBUSY_TRIES)
+
+    def _remove_groups(self, tries: int) -> None:
+        with self._around.keep.outside():
+            busy = [path for path in self.entry.groups if not _remove_group(path)]
+        if busy and tries:
+            self._around.loop.after(EBUSY_PAUSE, lambda: self._remove_groups(tries - 1))
+
+
+def _remove_group(path: str) -> bool:
+    parent, name = os.path.split(path)
+    try:
+        directory = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        return cgroup.remove(directory, name)
+    finally:
+        os.close(directory)
+
+
+def _open_same(entry: Entry) -> int | None:
+    """The pidfd of the very process an entry is about; None when that has ended."""
+    try:
+        found = pidfd.pidfd_open(entry.life.pid)
+    except ProcessLookupError:
+        return None
+    if pidfd.start_time(entry.life.pid) == entry.life.start_time and pidfd.inode(found) == entry.inode:
+        return found
+    os.close(found)
+    return None
+
+
+def _exit_code(status: int) -> int:
+    """An exit code as the API shows it, from a wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

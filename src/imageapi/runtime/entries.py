@@ -1,0 +1,75 @@
+"""What is on disk of each life, so that the next supervisor can take it up: `<id>.json` in the supervisor's directory.
+
+A file is written whole and renamed, without a sync: it means nothing after the next boot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import msgspec
+
+from imageapi.runtime.protocol import Life
+
+SUFFIX = ".json"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A life, and how to know its process again. `inode` is its pidfd's, where pidfds have one of their own. `groups`
+    are the directories of its cgroups, for systemd."""
+
+    life: Life
+    boot_id: str
+    logfile: str
+    inode: int | None = None
+    groups: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """What is kept for this life is kept under it."""
+        return f"{self.life.id}.{self.life.attempt}"
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Entry).decode
+
+
+def save(directory: int, entry: Entry) -> None:
+    """Write an entry in place of the last one of its container."""
+    path = f"{entry.life.id}{SUFFIX}"
+    file = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        os.write(file, _encode(entry))
+    finally:
+        os.close(file)
+    os.rename(f"{path}.new", path, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def load(directory: int, boot_id: str) -> list[Entry]:
+    """The entries of this boot; all others are removed."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        if name.endswith((SUFFIX, f"{SUFFIX}.new")):
+            entry = _read(directory, name)
+            if entry is not None and entry.boot_id == boot_id and name.endswith(SUFFIX):
+                found.append(entry)
+            else:
+                os.unlink(name, dir_fd=directory)
+    return found
+
+
+def _read(directory: int, name: str) -> Entry | None:
+    file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return _decode(os.read(file, 1 << 20))
+    except msgspec.MsgspecError:
+        return None
+    finally:
+        os.close(file)
+
+
+def remove(directory: int, container: int) -> None:
+    """Remove a container's entry; one that is gone is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{container}{SUFFIX}", dir_fd=directory)

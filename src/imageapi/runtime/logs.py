@@ -1,0 +1,33 @@
+"""The log file of a container: what the service says of it, and what the container says itself.
+
+A line of the service's reads `2021/02/11 00:08:34 container(0): container created`, in the host's local time. Where
+the time zone's file is out of sight, time.localtime() must have been called before it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+MODE = 0o640
+FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def line(who: str, text: str) -> bytes:
+    """A line as of now; a line break in `text` becomes a space."""
+    stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime())
+    return f"{stamp} {who}: {' '.join(text.splitlines())}\n".encode("utf-8", "replace")
+
+
+def open_log(path: str, directory: int | None = None) -> int:
+    """The log for appending; it is made when it is not there."""
+    return os.open(path, FLAGS, MODE, dir_fd=directory)
+
+
+def append(path: str, who: str, text: str) -> None:
+    """Write one line. `who` is `container(<id>)` or `init`. Raises: OSError."""
+    log = open_log(path)
+    try:
+        os.write(log, line(who, text))
+    finally:
+        os.close(log)

@@ -1,0 +1,82 @@
+"""An event loop over epoll(7), for a process with a single thread: descriptors and timers, each with a handler."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import select
+import time
+import traceback
+from collections.abc import Callable
+
+Handler = Callable[[], object]
+
+
+class Timer:
+    """A handler to be called once; cancelling one that was called is no error."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler: Handler | None = handler
+
+    def cancel(self) -> None:
+        self.handler = None
+
+
+class Loop:
+    """Handlers are called one at a time, until `stop`. One that raises has a bug: the trace goes to stderr, and its
+    descriptor is watched no more."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._stopped = False
+
+    def watch(self, descriptor: int, handler: Handler) -> None:
+        """Call `handler` whenever there is something to read, or the other end is gone."""
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._handlers[descriptor] = handler
+
+    def watch_hangup(self, descriptor: int) -> None:
+        """From now on call the handler of a watched descriptor only at EPOLLHUP."""
+        self._epoll.modify(descriptor, 0)
+
+    def unwatch(self, descriptor: int) -> None:
+        """To be called before the descriptor is closed; one that is not watched is no error."""
+        if self._handlers.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def after(self, seconds: float, handler: Handler) -> Timer:
+        """Call `handler` once, `seconds` from now."""
+        timer = Timer(handler)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
+        return timer
+
+    def stop(self) -> None:
+        """Have `run` return."""
+        self._stopped = True
+
+    def run(self) -> None:
+        """Call handlers until `stop`."""
+        while not self._stopped:
+            for descriptor, _ in self._epoll.poll(self._patience()):
+                self._call(self._handlers.get(descriptor), descriptor)
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                self._call(heapq.heappop(self._timers)[2].handler)
+
+    def _patience(self) -> float | None:
+        """Seconds until the next timer, those cancelled passed over; None without one."""
+        while self._timers and self._timers[0][2].handler is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+
+    def _call(self, handler: Handler | None, descriptor: int | None = None) -> None:
+        if handler is None:
+            return
+        try:
+            handler()
+        except Exception:
+            traceback.print_exc()
+            if descriptor is not None:
+                self.unwatch(descriptor)

@@ -1,0 +1,80 @@
+"""What a container prints: a FIFO for each, copied into its log file.
+
+The container holds the FIFO open for reading as well: it gets no SIGPIPE when the supervisor dies, waits when the
+pipe is full, and the next supervisor goes on where the last one stopped. We hold it open for writing as well: there
+is no end of file, however often the container closes its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from imageapi.runtime import logs
+
+LIMIT = 16 << 20
+"""A log that has grown to so many bytes becomes `<log>.1`, in place of the last one of that name."""
+CHUNK = 64 << 10
+"""A pipe's size by default (pipe(7)), in bytes: the most that one read of it gives."""
+
+
+def _name(container: int) -> str:
+    return f"{container}.out"
+
+
+def make(directory: int, container: int) -> int:
+    """A new FIFO in the supervisor's directory, and our end of it, which does not block."""
+    remove(directory, container)
+    os.mkfifo(_name(container), 0o600, dir_fd=directory)
+    return reopen(directory, container)
+
+
+def reopen(directory: int, container: int) -> int:
+    """Our end of a FIFO that is there. Raises: FileNotFoundError."""
+    return os.open(_name(container), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+
+
+def attach(directory: int, container: int) -> None:
+    """Have this process print into the FIFO."""
+    end = os.open(_name(container), os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
+    os.dup2(end, 1)
+    os.dup2(end, 2)
+    os.close(end)
+
+
+def remove(directory: int, container: int) -> None:
+    """Remove the FIFO; one that is gone is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_name(container), dir_fd=directory)
+
+
+def copy(end: int, directory: int, logfile: str) -> bool:
+    """Copy what is there, one chunk at most, to the log `logfile` in the logs directory; whether there was anything.
+
+    A log that cannot be written loses the chunk: a full disk must not stop the container.
+    """
+    try:
+        data = os.read(end, CHUNK)
+    except BlockingIOError:
+        return False
+    with contextlib.suppress(OSError):
+        _write(directory, logfile, data)
+    return bool(data)
+
+
+def drain(end: int, directory: int, logfile: str) -> None:
+    """Copy all that is left of a container whose processes have ended."""
+    while copy(end, directory, logfile):
+        pass
+
+
+def _write(directory: int, logfile: str, data: bytes) -> None:
+    log = logs.open_log(logfile, directory)
+    try:
+        while data:
+            data = data[os.write(log, data) :]
+        full = os.fstat(log).st_size >= LIMIT
+    finally:
+        os.close(log)
+    if full:
+        os.rename(logfile, f"{logfile}.1", src_dir_fd=directory, dst_dir_fd=directory)

@@ -1,0 +1,163 @@
+"""What the server and the supervisor say to each other: JSON, one message a packet of a SOCK_SEQPACKET socket.
+
+The server sends a `Call` and gets a `Reply` of the same number; a `Reply` numbered 0 is news that nobody asked for.
+The first call is `Hello`, and the two must speak one version. `Start` carries the root's tree as a descriptor.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import msgspec
+
+VERSION = 1
+MESSAGE = 192 << 10
+"""The largest packet in bytes; a socket's buffer, 208 KiB by default, must hold it."""
+PAGE = 500
+"""How many lives an answer holds."""
+SOCKET = "socket"
+"""The socket's name in the supervisor's directory."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The base of all; its tag is the name of the class."""
+
+
+class Hello(Message, frozen=True):
+    """Answered by Welcome."""
+
+    version: int = VERSION
+
+
+class Start(Message, frozen=True, kw_only=True):
+    """Execute `argv` in the root that comes with it: answered by Started when it has been executed.
+
+    `logfile` is a name in the site's logs directory, `mark` the container's own (Site.mark). Without a `hostname`
+    the host's is kept. `timeout`: seconds until a program that storage does not deliver is given up.
+    """
+
+    id: int
+    attempt: int
+    argv: list[str]
+    logfile: str
+    mark: str
+    systemd: bool = False
+    hostname: str | None = None
+    environment: dict[str, str] = {}
+    timeout: float = 20.0
+
+
+class Signal(Message, frozen=True):
+    """Send a signal to the first process: Done."""
+
+    id: int
+    attempt: int
+    signal: int
+
+
+class Kill(Message, frozen=True):
+    """SIGKILL for the first process, and so for all: Done, when it is sent."""
+
+    id: int
+    attempt: int
+
+
+class Forget(Message, frozen=True):
+    """Drop what is kept of a life that has ended: Done, also when nothing is kept."""
+
+    id: int
+    attempt: int
+
+
+class List(Message, frozen=True):
+    """The lives of containers with ids greater than `above`: answered by Lives."""
+
+    above: int = -1
+
+
+class Quit(Message, frozen=True):
+    """End, and leave nothing in the kernel: Done; refused while a container lives."""
+
+
+class Life(msgspec.Struct, frozen=True, kw_only=True):
+    """One start of a container. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
+    `finished_at` is RFC 3339 in UTC."""
+
+    id: int
+    attempt: int
+    pid: int
+    start_time: int
+    running: bool = True
+    exit_code: int | None = None
+    finished_at: str | None = None
+
+
+class Welcome(Message, frozen=True):
+    """`pid` is the supervisor's."""
+
+    version: int
+    pid: int
+
+
+class Started(Message, frozen=True):
+    """`pid` is the host's number of the first process, `start_time` in clock ticks since the boot."""
+
+    id: int
+    attempt: int
+    pid: int
+    start_time: int
+
+
+class Lives(Message, frozen=True):
+    """A page of them, in order of id; `more` says that it is not the last."""
+
+    lives: list[Life]
+    more: bool = False
+
+
+class Done(Message, frozen=True):
+    """It is done."""
+
+
+class Failed(Message, frozen=True):
+    """`problem` is that of errors.Problem.to_dict."""
+
+    problem: dict[str, Any]
+
+
+class Ended(Message, frozen=True):
+    """News: a first process has ended, all its output is in the log, and its end is on disk."""
+
+    id: int
+    attempt: int
+    exit_code: int | None
+    finished_at: str
+
+
+Request = Hello | Start | Signal | Kill | Forget | List | Quit
+Answer = Welcome | Started | Lives | Done | Failed | Ended
+
+
+class Call(msgspec.Struct, frozen=True):
+    number: int
+    body: Request
+
+
+class Reply(msgspec.Struct, frozen=True):
+    number: int
+    body: Answer
+
+
+encode = msgspec.json.Encoder().encode
+decode_call = msgspec.json.Decoder(Call).decode
+decode_reply = msgspec.json.Decoder(Reply).decode
+
+
+def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and the descriptors that came with it, which close on exec; b"" when the other end is gone.
+
+    Raises: BlockingIOError.
+    """
+    data, descriptors, _, _ = socket.recv_fds(channel, MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
+    return data, descriptors

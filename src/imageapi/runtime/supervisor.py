@@ -1,0 +1,318 @@
+"""The supervisor: the parent of every container of one run directory. It outlives the server, and its own death.
+
+One thread, one loop, no call that may wait for storage. It works in a nearly empty mount namespace and reaches the
+host through the descriptors it opened before. What it must know of a container is on disk, so that another supervisor
+can take its place at any moment; what became of those that ended meanwhile is asked of the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import resource
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import msgspec
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.linux import cgroup, process
+from imageapi.runtime import entries, protocol
+from imageapi.runtime.container import Container, Surroundings
+from imageapi.runtime.entries import Entry
+from imageapi.runtime.keep import Keep
+from imageapi.runtime.loop import Loop
+from imageapi.runtime.protocol import (
+    Answer,
+    Call,
+    Done,
+    Ended,
+    Failed,
+    Forget,
+    Hello,
+    Kill,
+    List,
+    Lives,
+    Quit,
+    Reply,
+    Signal,
+    Start,
+    Welcome,
+)
+
+BACKLOG = 16
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def run(site: Site) -> NoReturn:
+    """Be the supervisor of a site, in a process that is detached and has one thread. Where one works already, end."""
+    status = 1
+    try:
+        process.close_all_but()
+        os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
+        _open_standard_files(site)
+        if _lock(site):
+            _work(site)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _open_standard_files(site: Site) -> None:
+    """No input; what goes to stdout and stderr is for whoever looks for a bug."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(f"{site.supervisor_dir}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for ours, number in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(ours, number)
+    process.close_all_but()
+
+
+def _lock(site: Site) -> bool:
+    """Take the site's lock. It is the process's own (fcntl(2), "Advisory record locking"): no child holds it on."""
+    lock = os.open(f"{site.supervisor_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _work(site: Site) -> None:
+    """Become what a supervisor is, and serve."""
+    os.umask(0o022)
+    os.chdir("/")
+    time.localtime()  # the time zone's file is out of sight soon
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    listener = _listen(site)
+    supervisor = Supervisor(_surroundings(site), listener)
+    supervisor.adopt()
+    gc.collect()
+    gc.freeze()
+    supervisor.serve()
+
+
+def _surroundings(site: Site) -> Surroundings:
+    """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
+    freezer = cgroup.freezer()
+    return Surroundings(
+        directory=os.open(site.supervisor_dir, _DIRECTORY),
+        logs=os.open(site.logs_dir, _DIRECTORY),
+        loop=Loop(),
+        boot_id=_read("/proc/sys/kernel/random/boot_id"),
+        instance=site.instance,
+        hierarchies=[(one, os.open(one.directory, _DIRECTORY)) for one in cgroup.hierarchies()],
+        freezer=None if freezer is None else os.open(freezer, _DIRECTORY),
+        ignored=[number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN],
+        adjust_oom=_read("/proc/self/oom_score_adj") != "0",
+        keep=Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor"),
+    )
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read().strip()
+
+
+def _listen(site: Site) -> socket.socket:
+    """The socket for servers, in place of a dead supervisor's. Its path goes by a descriptor: it may be longer than a
+    socket's address (unix(7), 108 bytes)."""
+    directory = os.open(site.supervisor_dir, _DIRECTORY)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(protocol.SOCKET, dir_fd=directory)
+    listener.bind(f"/proc/self/fd/{directory}/{protocol.SOCKET}")
+    listener.listen(BACKLOG)
+    os.close(directory)
+    return listener
+
+
+class Client:
+    """A server's connection. One that does not take what it is told is dropped: it can come again and ask."""
+
+    def __init__(self, channel: socket.socket, drop: Callable[[Client], None]) -> None:
+        channel.setblocking(False)
+        self.channel = channel
+        self.greeted = False
+        self._drop = drop
+
+    def tell(self, number: int, answer: Answer) -> None:
+        try:
+            self.channel.send(protocol.encode(Reply(number, answer)))
+        except OSError:
+            self._drop(self)
+
+
+class Supervisor:
+    """The containers of a site, and the servers that ask about them."""
+
+    def __init__(self, around: Surroundings, listener: socket.socket) -> None:
+        self._around = around
+        self._loop = around.loop
+        self._listener = listener
+        self._clients: set[Client] = set()
+        self._containers: dict[int, Container] = {}
+        self._verbs: dict[type[Any], Callable[[Any], Answer]] = {
+            Hello: self._hello,
+            List: self._list,
+            Signal: self._signal,
+            Kill: self._kill,
+            Forget: self._forget,
+            Quit: self._quit,
+        }
+
+    def adopt(self) -> None:
+        """Take up the lives that another supervisor noted, and clear away what it left of others."""
+        for entry in entries.load(self._around.directory, self._around.boot_id):
+            self._adopt(entry)
+        living = {one.entry.name for one in self._containers.values() if one.life.running}
+        for name in self._around.keep.names():
+            if name not in living:
+                self._around.keep.unpark(name)
+                self._around.keep.drop_host(name)
+
+    def _adopt(self, entry: Entry) -> None:
+        container = Container(self._around, self._on_ended)
+        self._containers[entry.life.id] = container
+        container.adopt(entry)
+
+    def serve(self) -> None:
+        """Serve until somebody says Quit."""
+        self._loop.watch(self._listener.fileno(), self._accept)
+        self._loop.run()
+
+    # -------------------------------------------------------------------------------------------------- clients
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            channel, _ = self._listener.accept()
+            client = Client(channel, self._drop)
+            self._clients.add(client)
+            self._loop.watch(channel.fileno(), lambda: self._hear(client))
+
+    def _drop(self, client: Client) -> None:
+        if client in self._clients:
+            self._clients.discard(client)
+            self._loop.unwatch(client.channel.fileno())
+            client.channel.close()
+
+    def _hear(self, client: Client) -> None:
+        try:
+            data, descriptors = protocol.receive(client.channel)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data, descriptors = b"", []
+        try:
+            if data:
+                self._take(client, data, descriptors)
+            else:
+                self._drop(client)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _take(self, client: Client, data: bytes, descriptors: list[int]) -> None:
+        """Do what a packet asks for, and answer it."""
+        try:
+            call = protocol.decode_call(data)
+        except msgspec.MsgspecError:
+            self._drop(client)
+            return
+        try:
+            self._answer(client, call, descriptors)
+        except errors.Problem as problem:
+            client.tell(call.number, Failed(problem.to_dict()))
+        except OSError as error:
+            step = f"{type(call.body).__name__.lower()} of a container"
+            client.tell(call.number, Failed(errors.from_oserror(error, step).to_dict()))
+        except Exception as bug:
+            traceback.print_exc()
+            client.tell(call.number, Failed(errors.Problem(f"the supervisor has a bug: {bug!r}").to_dict()))
+
+    def _answer(self, client: Client, call: Call, descriptors: list[int]) -> None:
+        if isinstance(call.body, Start):
+            self._start(client, call.number, call.body, descriptors)
+            return
+        answer = self._verbs[type(call.body)](call.body)
+        client.greeted |= isinstance(call.body, Hello)
+        client.tell(call.number, answer)
+
+    # ---------------------------------------------------------------------------------------------------- verbs
+
+    def _hello(self, hello: Hello) -> Answer:
+        if hello.version != protocol.VERSION:
+            raise errors.Unsupported(
+                f"the supervisor of this run directory speaks version {protocol.VERSION}, and the server "
+                f"{hello.version}; kill the supervisor, process {os.getpid()}: the server's own takes up its containers"
+            )
+        return Welcome(protocol.VERSION, os.getpid())
+
+    def _start(self, client: Client, number: int, order: Start, descriptors: list[int]) -> None:
+        if len(descriptors) != 1:
+            raise errors.Problem(f"a start needs the root as its one descriptor, and had {len(descriptors)}")
+        found = self._containers.get(order.id)
+        if found is not None and found.life.running:
+            raise errors.Conflict(f"container {order.id} has a process already: {found.life.pid}")
+        container = Container(self._around, self._on_ended)
+        container.start(order, descriptors[0], lambda answer: client.tell(number, answer))
+        self._containers[order.id] = container
+
+    def _list(self, order: List) -> Answer:
+        found = sorted(number for number in self._containers if number > order.above)
+        lives = [self._containers[number].life for number in found[: protocol.PAGE]]
+        return Lives(lives, more=len(found) > protocol.PAGE)
+
+    def _signal(self, order: Signal) -> Answer:
+        self._living(order).signal(order.signal)
+        return Done()
+
+    def _kill(self, order: Kill) -> Answer:
+        self._living(order).kill()
+        return Done()
+
+    def _living(self, order: Signal | Kill) -> Container:
+        """The life that an order is about. One that has ended takes every order: it has nothing to do.
+
+        Raises: errors.NotFound.
+        """
+        found = self._containers.get(order.id)
+        if found is None or found.life.attempt != order.attempt:
+            raise errors.NotFound(f"container {order.id} has no start {order.attempt}")
+        return found
+
+    def _forget(self, order: Forget) -> Answer:
+        found = self._containers.get(order.id)
+        if found is None or found.life.attempt != order.attempt:
+            return Done()
+        if found.life.running:
+            raise errors.Conflict(f"container {order.id} runs, as process {found.life.pid}")
+        del self._containers[order.id]
+        entries.remove(self._around.directory, order.id)
+        return Done()
+
+    def _quit(self, _: Quit) -> Answer:
+        running = [one.life.id for one in self._containers.values() if one.life.running]
+        if running:
+            raise errors.Conflict(f"containers run: {', '.join(map(str, running))}")
+        os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
+        self._around.keep.remove()
+        self._loop.stop()
+        return Done()
+
+    def _on_ended(self, container: Container, news: Ended | None) -> None:
+        if news is None:
+            if self._containers.get(container.life.id) is container:
+                del self._containers[container.life.id]
+            return
+        for client in [one for one in self._clients if one.greeted]:
+            client.tell(0, news)
