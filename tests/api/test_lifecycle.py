@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lab.server import FOREVER, Server, alive, box, copy_of_small_image, image, squashfs, writable
 
 pytestmark = pytest.mark.api

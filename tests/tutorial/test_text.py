@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from tutorial import text
 
 pytestmark = pytest.mark.pure
@@ -45,7 +46,8 @@ def test_every_answer_is_json() -> None:
 
 def test_the_log_is_whole() -> None:
     lines = text.log_lines()
-    assert (len(lines), lines[0], lines[-1]) == (29, "container(0): container created", "container(0): container deleted")
+    assert len(lines) == 29
+    assert (lines[0], lines[-1]) == ("container(0): container created", "container(0): container deleted")
 
 
 def test_the_nested_bodies_are_the_overlay_and_the_container() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lab.ceph import Cluster, wait_until
 from lab.images import systemd_image
 from tutorial import text
@@ -192,7 +193,7 @@ def _enter(reader: Reader, command: Command) -> None:
     """In the shell that nsenter gives, ps shows the container's processes alone, systemd as the first."""
     inside = command.shown.split("# ", 1)[1].split(" USER", 1)[0]
     shown = reader.shell(reader.fill_in(command.line), stdin=f"{inside}\n").splitlines()
-    assert shown[0].split() == "USER PID %CPU %MEM VSZ RSS TTY STAT START TIME COMMAND".split()
+    assert shown[0].split() == ["USER", "PID", "%CPU", "%MEM", "VSZ", "RSS", "TTY", "STAT", "START", "TIME", "COMMAND"]
     first = shown[1].split(None, 10)
     assert (first[1], first[10].split()[0]) == ("1", "/usr/lib/systemd/systemd")
     assert not any("imageapi-server" in line for line in shown)

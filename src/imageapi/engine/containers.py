@@ -66,15 +66,22 @@ class Containers:
             if self.active(record) and record.key not in lives:
                 self._tasks.spawn(self._finish(record, None))
 
-    def close(self) -> None:
-        """Leave the supervisor, which goes on."""
+    async def leave(self) -> None:
+        """Leave the supervisor, which goes on while a container runs, and ends with us when there is none."""
+        if not any(self.active(record) for record in self._graph.all("container")):
+            try:
+                await self._supervisor.quit()
+            except Problem as problem:
+                log.debug("the supervisor stays: %s", problem.message)
         self._supervisor.close()
 
     # ------------------------------------------------------------------------------------------------ questions
 
     def active(self, record: AnyRecord) -> bool:
         """Whether the container has, or is about to have, a process."""
-        return record.key in self._starting or _run(record).state in ("running", "stopping")
+        return record.key in self._starting or (
+            record.run is not None and record.run.state in ("running", "stopping")
+        )
 
     def check_deletable(self, record: AnyRecord, *, force: bool) -> None:
         """Refuse to delete a container that runs.

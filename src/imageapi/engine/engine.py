@@ -50,7 +50,7 @@ class Engine:
     async def stop(self) -> None:
         """Let what is under way end; containers run on."""
         await self._tasks.drain(self._config.cleanup_timeout)
-        self._containers.close()
+        await self._containers.leave()
         self._pool.close()
 
     # ------------------------------------------------------------------------------------------------ reading

@@ -1,0 +1,86 @@
+"""The server goes and comes back; the containers do not notice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lab.server import FOREVER, Server, alive, box, eventually, image, kill, squashfs, writable
+
+pytestmark = pytest.mark.api
+
+TALKING = "/bin/sh -c 'i=0; while true; do echo line $i; i=$((i+1)); sleep 0.01; done'"
+
+
+@pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["stopped", "killed"])
+def test_containers_outlive_the_server(server: Server, end: object) -> None:
+    before = server.post("/container", box(TALKING, name="talker"))
+    end(server)  # type: ignore[operator]
+    assert alive(before["pid"])
+    server.start()
+    after = server.get("/container/byname/talker")
+    assert after == before
+    server.get("/container/0/exited")
+    ended = server.await_state(0, "exited")
+    lines = [line for line in Path(ended["logfile"]).read_text().splitlines() if line.startswith("line ")]
+    assert lines == [f"line {number}" for number in range(len(lines))]
+
+
+@pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["stopped", "killed"])
+def test_all_that_was_made_is_there_again(server: Server, end: object) -> None:
+    server.post("/attach/loopback", image())
+    server.post("/mount/loopback", {"loopback_id": 0, "fs_type": "squashfs"})
+    server.post("/container", {"mount": writable(), "command": FOREVER, "name": "later"})
+    before = server.everything()
+    end(server)  # type: ignore[operator]
+    server.start()
+    assert server.everything() == before
+    assert server.post("/mount", squashfs())["id"] == max(one["id"] for one in before) + 2
+
+
+def test_an_end_that_nobody_watched_is_known(server: Server, tmp_path: Path) -> None:
+    made = server.post("/container", box("/bin/sh -c 'read line < /tmp/gate; exit 7'", name="waits"))
+    server.kill()
+    os.kill(made["pid"], signal.SIGTERM)
+    kill(made["pid"])
+    server.start()
+    ended = server.await_state(0, "dead")
+    assert (ended["exit_code"], ended["pid"]) in ((128 + 9, None), (7, None), (1, None), (2, None))
+
+
+def test_the_supervisor_may_die_too(server: Server) -> None:
+    made = server.post("/container", box(FOREVER))
+    kill(server.supervisor)
+    server.get("/container/0/exited")
+    ended = server.await_state(0, "exited")
+    assert (ended["exit_code"], alive(made["pid"])) == (137, False)
+
+
+def test_ids_that_were_shown_are_not_used_again_after_a_restart(server: Server) -> None:
+    server.post("/mount", squashfs())
+    server.delete("/mount/0")
+    server.kill()
+    server.start()
+    assert server.post("/mount", squashfs())["id"] == 1
+
+
+def test_a_stop_goes_on_where_it_was(server: Server) -> None:
+    """A command that takes its time to end ends though its server is killed meanwhile."""
+    slow = """/bin/sh -c 'trap "sleep 0.5; exit 0" TERM; echo ready; while true; do sleep 0.01; done'"""
+    made = server.post("/container", box(slow))
+    eventually(lambda: "ready" in Path(made["logfile"]).read_text(), "the handler is installed")
+    server.get("/container/0/exited")
+    server.kill()
+    server.start()
+    assert server.await_state(0, "exited")["exit_code"] == 0
+
+
+def test_a_second_server_on_the_same_directory_is_refused(server: Server) -> None:
+    second = Server(server.run_dir)
+    with pytest.raises(AssertionError, match="in use by process"):
+        second.start()
+    second.http.close()
+    assert server.get("/container") == []
