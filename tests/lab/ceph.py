@@ -103,6 +103,7 @@ class Cluster:
 
     def __init__(self, directory: str | None = None, address: str | None = None) -> None:
         self.directory = directory or tempfile.mkdtemp(prefix="imageapi-ceph-")
+        os.makedirs(self.directory, exist_ok=True)
         self.monitor = address or free_address()
         self.fsid = str(uuid.uuid4())
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}

@@ -93,6 +93,11 @@ def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> N
         _leave(site, key, daemon)
 
 
+def known(site: Site, key: Key) -> bool:
+    """Whether anything of an export may be there."""
+    return os.path.isdir(f"{site.helpers_dir}/{_directory(key)}")
+
+
 def standing(site: Site, key: Key) -> bool:
     """Whether the image's file stands and its daemon lives."""
     name = _daemon_of(site, key)

@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from imageapi.config import Site
-from imageapi.drivers import storage_daemon
+from imageapi.drivers import export_loop, storage_daemon
 from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.qmp import Deadline, QmpError
 from imageapi.drivers.storage_daemon import Source
-from imageapi.errors import Conflict, Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import loop
+from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
 from imageapi.records import Key
 from imageapi.spec import Rbd
 
@@ -31,16 +31,12 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     """
     deadline = Deadline(DEADLINE)
     release(key, definition, site)
-    source = _source(key, definition, site)
+    wanted = source(key, definition, site)
     with contextlib.ExitStack() as undo:
-        try:
-            file = storage_daemon.export(site, key, source, deadline)
-        except QmpError as error:
-            raise explain(str(error), definition) from None
-        except TimeoutError:
-            raise _silent(definition) from None
-        undo.callback(storage_daemon.withdraw, site, key, deadline, expendable=True)
-        device = _attach_loop(file, site.mark(key), source.read_only)
+        with _explained(definition):
+            storage_daemon.export(site, key, wanted, deadline)
+        undo.callback(release, key, definition, site)
+        device = export_loop.attach(site, key, read_only=wanted.read_only)
         undo.pop_all()
     return device
 
@@ -50,30 +46,45 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
 
     Raises: errors.Conflict while the device is in use; errors.TimedOut; errors.Problem when the flush failed.
     """
-    device = loop.marked(site.mark(key)).get(site.mark(key))
+    if not storage_daemon.known(site, key):
+        return
+    device = export_loop.find(site, key)
     expendable = options.read_only(definition)
     if device is not None:
         if not expendable and storage_daemon.standing(site, key):
             _flush(device)
-        _detach_loop(device)
-    try:
+        export_loop.detach(device)
+    with _explained(definition):
         storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=expendable)
-    except TimeoutError:
-        raise _silent(definition) from None
-    except QmpError as error:
-        raise Problem("the storage daemon does not let go of the image", detail=str(error)) from None
 
 
 def observe(key: Key, site: Site) -> str | None:
     """The block device, if all that it stands on is there."""
-    device = loop.marked(site.mark(key)).get(site.mark(key))
-    return device if device is not None and storage_daemon.standing(site, key) else None
+    return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
+
+
+def _flush(device: str) -> None:
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise Problem(
+            f"the last writes to {device} could not be flushed to the cluster, and would be lost",
+            step="flush",
+            detail=str(error),
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------ what is opened
 
 
-def _source(key: Key, definition: Rbd, site: Site) -> Source:
+def source(key: Key, definition: Rbd, site: Site) -> Source:
+    """What the daemon is to open.
+
+    Raises: errors.Unsupported for an option this way cannot honour, errors.Invalid, errors.TimedOut.
+    """
     chosen = definition.options
     lines = options.daemon_lines(chosen)
     if chosen.secret is not None:
@@ -111,38 +122,18 @@ def _group(definition: Rbd) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------ the loop device
-
-
-def _attach_loop(file: str, mark: str, read_only: bool) -> str:
-    descriptor = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-    try:
-        return loop.attach(descriptor, mark, read_only=read_only)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(device: str) -> None:
-    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise Problem(
-            f"the last writes to {device} could not be flushed to the cluster, and would be lost",
-            step="flush",
-            detail=str(error),
-        ) from None
-    finally:
-        os.close(descriptor)
-
-
-def _detach_loop(device: str) -> None:
-    if not loop.is_free(device):
-        raise Conflict(f"{device} is in use", holders=[device])
-    loop.detach(device)
-
-
 # ----------------------------------------------------------------------------------- QEMU's words, and ours
+
+
+@contextlib.contextmanager
+def _explained(definition: Rbd) -> Iterator[None]:
+    """What the storage daemon raises becomes a problem in the user's terms."""
+    try:
+        yield
+    except QmpError as error:
+        raise explain(str(error), definition) from None
+    except TimeoutError:
+        raise _silent(definition) from None
 
 
 def explain(words: str, definition: Rbd) -> Problem:
@@ -150,7 +141,7 @@ def explain(words: str, definition: Rbd) -> Problem:
     for pattern, problem in MEANINGS.items():
         if re.search(pattern, words):
             return problem(definition, words)
-    return Problem("the storage daemon could not open the image", step="attach the image", detail=words)
+    return Problem("the storage daemon could not do it", step="attach or detach the image", detail=words)
 
 
 def _no_image(definition: Rbd, _: str) -> Problem:

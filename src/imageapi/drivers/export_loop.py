@@ -1,0 +1,89 @@
+"""The loop device on a storage daemon's file.
+
+It carries our mark, but is not looked for by it: LOOP_GET_STATUS64 asks the file for its attributes, which fails once
+the daemon is dead and hangs while it hangs. sysfs names the file without touching it. A daemon that ended by itself
+took its mount along, and sysfs then shows `/`; for that case the device is noted beside the file, with the kernel's
+sequence number (diskseq, Linux 5.15), which is never given twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from imageapi.config import Site
+from imageapi.drivers.storage_daemon import export_path, private_path
+from imageapi.errors import Conflict
+from imageapi.linux import loop, mountinfo
+from imageapi.records import Key
+
+NOTE = "loop"
+"""The file beside the export: `loop3 41`, the device and its sequence number."""
+
+
+def attach(site: Site, key: Key, *, read_only: bool) -> str:
+    """Put a loop device on the exported file and return its path.
+
+    Raises: OSError.
+    """
+    file = os.open(export_path(site, key), (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        device = loop.attach(file, site.mark(key), read_only=read_only)
+    finally:
+        os.close(file)
+    name = os.path.basename(device)
+    with open(private_path(site, key, NOTE), "w", encoding="ascii") as note:
+        note.write(f"{name} {_sysfs(name, 'diskseq')}")
+    return device
+
+
+def find(site: Site, key: Key) -> str | None:
+    """The device that stands on the file of `key`."""
+    file = mountinfo.place(export_path(site, key))
+    for name in _loops():
+        if _sysfs(name, "loop/backing_file") == file:
+            return f"/dev/{name}"
+    return _noted(site, key)
+
+
+def _noted(site: Site, key: Key) -> str | None:
+    try:
+        with open(private_path(site, key, NOTE), encoding="ascii") as note:
+            name, _, sequence = note.read().partition(" ")
+    except FileNotFoundError:
+        return None
+    still_there = _sysfs(name, "loop/backing_file") == "/" and _sysfs(name, "diskseq") == sequence
+    return f"/dev/{name}" if still_there else None
+
+
+def detach(device: str) -> None:
+    """Take the device off its file.
+
+    Raises: errors.Conflict naming who has it mounted; OSError.
+    """
+    try:
+        loop.detach(device)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise Conflict(f"{device} is in use", holders=list(_holders(device)), detail=str(error)) from None
+
+
+def _holders(device: str) -> Iterator[str]:
+    number = _sysfs(os.path.basename(device), "dev")
+    yield from (each.mountpoint for each in mountinfo.read() if each.dev == number)
+    yield from (f"the mount namespace of process {pid}" for pid in mountinfo.holders(number))
+
+
+def _loops() -> list[str]:
+    return [name for name in os.listdir("/sys/block") if name.startswith("loop")]
+
+
+def _sysfs(name: str, attribute: str) -> str:
+    """An attribute of a block device; empty when it has none."""
+    try:
+        with open(f"/sys/block/{name}/{attribute}", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""

@@ -1,0 +1,423 @@
+"""The rbd driver on a real cluster, by way of the storage daemon."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from imageapi import errors, records
+from imageapi.config import Site
+from imageapi.drivers import storage_daemon
+from imageapi.drivers.attach.rbd import Driver
+from imageapi.drivers.ceph import daemon
+from imageapi.drivers.qmp import Deadline, conversation, descriptor
+from imageapi.linux import loop, mount, mountinfo
+from imageapi.records import AnyRecord, Record
+from imageapi.spec import MASK, Attachment, Rbd, RbdOptions, Secret
+from lab.ceph import Cluster, free_address, wait_until
+from lab.machine import Machine
+
+pytestmark = pytest.mark.ceph
+DRIVER = Driver()
+ATTRIBUTES_VALID = 1.1
+"""Seconds for which the kernel answers questions about the exported file itself: QEMU allows it one."""
+READ_ONLY = {
+    "mon": "profile rbd",
+    "osd": "profile rbd-read-only pool=rbd, allow rw pool=rbd object_prefix rbd_header.",
+}
+
+
+@pytest.fixture(scope="module")
+def image(ceph: Cluster, small_squashfs: Path) -> str:
+    """An image of the cluster that holds a squashfs, with a snapshot `one`."""
+    ceph.import_image(str(small_squashfs), "small.sqsh")
+    ceph.snapshot("small.sqsh", "one", protect=True)
+    return "small.sqsh"
+
+
+@pytest.fixture
+def site(site: Site) -> Site:
+    """One that attaches with the storage daemon whatever the kernel has."""
+    return Site(run_dir=site.run_dir, instance=site.instance, rbd_backend="daemon")
+
+
+def definition(ceph: Cluster, image: str, *, snapshot: str | None = None, pool: str = "rbd", **options: object) -> Rbd:
+    """An attachment of `image`; as client.admin unless options say otherwise, read-only unless they say `rw`."""
+    chosen = {"secret": Secret(ceph.admin_key), "ro": "rw" not in options, **options}
+    return Rbd([ceph.monitor], pool, image, snapshot, RbdOptions(**chosen))  # type: ignore[arg-type]
+
+
+def record(what: Rbd, number: int = 0) -> AnyRecord:
+    return Record[Attachment](id=number, token=number, spec=Attachment(kind="rbd", rbd=what))
+
+
+@contextlib.contextmanager
+def attached(site: Site, what: AnyRecord) -> Iterator[str]:
+    """The block device of an attachment that stands within the context."""
+    facts = DRIVER.acquire(what, [], site)
+    try:
+        assert facts.device_file is not None
+        yield facts.device_file
+    finally:
+        DRIVER.release(what, site)
+
+
+def problem(site: Site, what: Rbd) -> errors.Problem:
+    """Why `what` cannot be attached; it must leave nothing."""
+    with pytest.raises(errors.Problem) as caught:
+        DRIVER.acquire(record(what), [], site)
+    assert os.listdir(site.helpers_dir) == []
+    assert what.options.secret is None or what.options.secret.reveal() not in str(caught.value.to_dict())
+    return caught.value
+
+
+def is_read_only(device: str) -> bool:
+    return Path(f"/sys/block/{Path(device).name}/ro").read_text() == "1\n"
+
+
+def daemons(site: Site) -> dict[str, int]:
+    """The storage daemons of a site: their directories' names and pids."""
+    found = Path(site.helpers_dir).glob("daemon-*/pid")
+    return {path.parent.name: int(path.read_text()) for path in found}
+
+
+# ------------------------------------------------------------------------------------------- what works
+
+
+def test_the_device_holds_the_bytes_of_the_image(site: Site, ceph: Cluster, image: str) -> None:
+    with attached(site, record(definition(ceph, image))) as device:
+        assert Path(device).read_bytes() == ceph.read_image(image)
+        assert is_read_only(device)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_the_device_is_ours_by_its_mark_and_is_found_again(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image), 7)
+    assert DRIVER.observe(what, site) is None
+    with attached(site, what) as device:
+        assert loop.marked(site.mark_prefix) == {site.mark(what.key): device}
+        facts = DRIVER.observe(what, site)
+        assert facts is not None
+        assert (facts.device_file, f"/dev/loop{facts.device_id}") == (device, device)
+    assert DRIVER.observe(what, site) is None
+
+
+def test_a_file_system_on_it_can_be_mounted(site: Site, ceph: Cluster, image: str) -> None:
+    target = f"{site.mounts_dir}/here"
+    os.mkdir(target)
+    with attached(site, record(definition(ceph, image))) as device:
+        mount.mount(device, target, "squashfs", mount.MS_RDONLY, None)
+        try:
+            assert Path(target, "etc/hello").read_text() == "hello\n"
+            with pytest.raises(errors.Conflict, match=device):
+                DRIVER.release(record(definition(ceph, image)), site)
+            assert Path(target, "noise").stat().st_size == 2 << 20
+        finally:
+            mount.umount(target)
+            os.rmdir(target)
+
+
+def test_release_can_be_repeated_and_needs_no_acquire(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    DRIVER.release(what, site)
+    with attached(site, what):
+        pass
+    DRIVER.release(what, site)
+
+
+def test_the_daemon_outlives_the_process_that_attached(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    program = (
+        "import sys, msgspec; from imageapi import config, records; from imageapi.drivers.attach.rbd import Driver;"
+        "site = msgspec.json.decode(sys.argv[1], type=config.Site);"
+        "print(Driver().acquire(records.decode('attach', sys.stdin.buffer.read()), [], site).device_file)"
+    )
+    command = [sys.executable, "-c", program, msgspec.json.encode(site).decode()]
+    done = subprocess.run(
+        command, input=records.encode(what), capture_output=True, timeout=60, check=True, start_new_session=True
+    )
+    try:
+        (pid,) = daemons(site).values()
+        assert os.getsid(pid) != os.getsid(0)
+        assert Path(done.stdout.decode().strip()).read_bytes() == ceph.read_image(image)
+    finally:
+        DRIVER.release(what, site)
+
+
+def test_a_read_only_user_needs_the_capabilities_that_the_refusal_names(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    key = ceph.add_user("reader", {"mon": "profile rbd", "osd": "profile rbd-read-only pool=rbd"})
+    what = definition(ceph, image, name="reader", secret=Secret(key))
+    refusal = problem(site, what)
+    assert refusal.code == 422
+    assert daemon.osd_caps(what) in refusal.message
+    ceph.ceph("auth", "caps", "client.reader", "mon", "profile rbd", "osd", daemon.osd_caps(what))
+    with attached(site, record(what)) as device:
+        assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_a_snapshot_is_attached_read_only(site: Site, ceph: Cluster, image: str) -> None:
+    what = definition(ceph, image, snapshot="one", ro=False)
+    assert DRIVER.read_only(what)
+    with attached(site, record(what)) as device:
+        assert is_read_only(device)
+        assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_an_image_in_a_namespace(site: Site, ceph: Cluster, small_squashfs: Path) -> None:
+    ceph.rbd("namespace", "create", "rbd/tenant")
+    ceph.import_image(str(small_squashfs), "inner.sqsh", pool="rbd/tenant")
+    with attached(site, record(definition(ceph, "inner.sqsh", namespace="tenant"))) as device:
+        assert Path(device).read_bytes() == small_squashfs.read_bytes().ljust(os.path.getsize(small_squashfs))
+    assert problem(site, definition(ceph, "inner.sqsh", namespace="nobody")).fields["path"] == "$.options.namespace"
+
+
+def test_the_second_messenger_and_its_options(site: Site, ceph: Cluster, image: str) -> None:
+    chosen: dict[str, Any] = {
+        "ms_mode": "secure", "nocrc": True, "noshare": True, "read_from_replica": "localize",
+        "crush_location": "host:h1|rack:r1", "compression_hint": "compressible", "mount_timeout": 5,
+        "rxbounce": True, "noudev": True, "notrim": True,
+    }  # fmt: skip
+    with attached(site, record(definition(ceph, image, **chosen))) as device:
+        assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_what_is_written_is_in_the_cluster_after_the_detach(site: Site, ceph: Cluster) -> None:
+    ceph.create_image("scratch", "8M")
+    what = record(definition(ceph, "scratch", rw=True))
+    written = os.urandom(3 << 20)
+    with attached(site, what) as device, open(device, "r+b") as block:
+        block.seek(1 << 20)
+        block.write(written)
+    assert ceph.read_image("scratch")[1 << 20 : 4 << 20] == written
+    with attached(site, record(definition(ceph, "scratch", rw=True), 1)) as device:
+        assert Path(device).read_bytes()[1 << 20 : 4 << 20] == written
+
+
+def test_ten_images_share_one_daemon_which_ends_with_the_last(site: Site, ceph: Cluster, image: str) -> None:
+    records = [record(definition(ceph, image), number) for number in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        facts = list(pool.map(lambda what: DRIVER.acquire(what, [], site), records))
+        assert len({each.device_file for each in facts}) == 10
+        assert len(daemons(site)) == 1
+        list(pool.map(lambda what: DRIVER.release(what, site), records[:9]))
+        assert len(daemons(site)) == 1
+        DRIVER.release(records[9], site)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_a_full_daemon_is_left_alone(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_daemon, "LIMIT", 1)
+    first, second = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, first), attached(site, second):
+        assert len(daemons(site)) == 2
+
+
+def test_two_users_have_a_daemon_each(site: Site, ceph: Cluster, image: str) -> None:
+    key = ceph.add_user("second", READ_ONLY)
+    second = definition(ceph, image, name="second", secret=Secret(key))
+    with attached(site, record(definition(ceph, image))), attached(site, record(second, 1)):
+        assert len(daemons(site)) == 2
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_what_the_cluster_has_not_is_named(site: Site, ceph: Cluster, image: str) -> None:
+    other_key = Secret(ceph.add_user("other", READ_ONLY))
+    cases = {
+        "$.image": definition(ceph, "nothing"),
+        "$.pool": definition(ceph, image, pool="puddle"),
+        "$.snapshot": definition(ceph, image, snapshot="never"),
+        "$.options.secret": definition(ceph, image, secret=other_key),
+    }
+    for path, what in cases.items():
+        refusal = problem(site, what)
+        assert (refusal.code, refusal.fields["path"]) == (422, path)
+    unknown = problem(site, definition(ceph, image, name="nobody", secret=other_key))
+    assert (unknown.code, "client.nobody" in unknown.message) == (422, True)
+
+
+@pytest.mark.parametrize("secret", ["not base64!", MASK, "QUJDREVGR0g="])
+def test_a_secret_that_is_no_key_never_reaches_the_cluster(
+    site: Site, ceph: Cluster, image: str, secret: str
+) -> None:
+    refusal = problem(site, definition(ceph, image, secret=Secret(secret)))
+    assert (refusal.code, refusal.fields["path"]) == (422, "$.options.secret")
+
+
+def test_a_cluster_that_wants_a_key_says_so(site: Site, ceph: Cluster, image: str) -> None:
+    refusal = problem(site, Rbd([ceph.monitor], "rbd", image))
+    assert (refusal.code, refusal.fields["path"]) == (422, "$.options.secret")
+
+
+def test_an_option_only_the_kernel_can_honour(site: Site, ceph: Cluster, image: str) -> None:
+    refusal = problem(site, definition(ceph, image, lock_on_read=True))
+    assert (refusal.code, refusal.fields["path"]) == (501, "$.options.lock_on_read")
+    assert "--rbd-backend kernel" in refusal.message
+
+
+def test_a_monitor_that_is_not_there(site: Site, ceph: Cluster, image: str) -> None:
+    address = free_address()
+    refusal = problem(site, Rbd([address], "rbd", image))
+    assert refusal.code == 504
+    assert address in refusal.message
+
+
+def test_a_monitor_that_accepts_and_is_silent_stops_nobody_else(site: Site, ceph: Cluster, image: str) -> None:
+    address = free_address()
+    with socket.create_server((address, 6789)), attached(site, record(definition(ceph, image), 1)) as device:
+        with pytest.raises(errors.TimedOut, match=address):
+            DRIVER.acquire(record(Rbd([address], "rbd", image, None, RbdOptions(mount_timeout=1))), [], site)
+        assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_one_living_monitor_of_several_is_enough(site: Site, ceph: Cluster, image: str) -> None:
+    silent = free_address()
+    options = definition(ceph, image).options
+    with socket.create_server((silent, 6789)):
+        several = Rbd([silent, free_address(), f"{ceph.monitor}:3300"], "rbd", image, None, options)
+        with attached(site, record(several)) as device:
+            assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+# ------------------------------------------------------------------------------------------- what breaks
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_ended_in_use_is_cleared_away(site: Site, ceph: Cluster, image: str, number: int) -> None:
+    target = f"{site.mounts_dir}/here"
+    os.mkdir(target)
+    what = record(definition(ceph, image))
+    with attached(site, what) as device:
+        mount.mount(device, target, "squashfs", mount.MS_RDONLY, None)
+        (pid,) = daemons(site).values()
+        os.kill(pid, number)
+        wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
+        wait_until(lambda: loop.marked(site.mark_prefix) == {}, "the kernel no longer knows the file's attributes")
+        mount.umount(target)
+        os.rmdir(target)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    lost, new = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, lost):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: DRIVER.observe(lost, site) is None, "the daemon's end is seen")
+        with attached(site, new) as device:
+            assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    with attached(site, record(definition(ceph, image))):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(ATTRIBUTES_VALID)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_a_hung_daemon_of_several_images_is_waited_for(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    first, second = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, first), attached(site, second):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(ATTRIBUTES_VALID)
+        with pytest.raises(errors.TimedOut, match=ceph.monitor):
+            DRIVER.release(first, site)
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_osds_that_do_not_answer_are_a_time_out_and_leave_nothing(
+    site: Site, machine: Machine, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    ceph.kill_osd()
+    try:
+        refusal = problem(site, definition(ceph, image))
+    finally:
+        with machine.expecting():
+            ceph.restart_osd()
+    assert refusal.code == 504
+    assert ceph.monitor in refusal.message
+
+
+def test_reads_wait_for_an_osd_that_is_away(site: Site, machine: Machine, ceph: Cluster, image: str) -> None:
+    with attached(site, record(definition(ceph, image))) as device, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ceph.kill_osd()
+        reading = pool.submit(Path(device).read_bytes)
+        with machine.expecting():
+            ceph.restart_osd()
+        assert reading.result(timeout=60) == ceph.read_image(image)
+
+
+def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    what = definition(ceph, image)
+    key = record(what).key
+    source = daemon.source(key, what, site)
+    storage_daemon.export(site, key, source, Deadline(20))
+    assert loop.marked(site.mark_prefix) == {}
+    DRIVER.release(record(what), site)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_what_a_caller_gave_up_is_swept_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
+    """A caller killed while the daemon opens its image leaves a node that no file names."""
+    first, second = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, first), attached(site, record(definition(ceph, image), 2)):
+        loop.detach(loop.marked(site.mark(first.key))[site.mark(first.key)])
+        directory = os.path.dirname(storage_daemon.export_path(site, first.key))
+        os.unlink(f"{directory}/daemon")
+        with attached(site, second):
+            assert not mountinfo.at(f"{directory}/export")
+
+
+# ------------------------------------------------------------------------------------------- the secret
+
+
+def test_the_secret_is_nowhere_to_be_read(site: Site, ceph: Cluster, image: str) -> None:
+    key = ceph.add_user("hidden", READ_ONLY)
+    what = record(definition(ceph, image, name="hidden", secret=Secret(key)))
+    with attached(site, what):
+        (pid,) = daemons(site).values()
+        for name in ("cmdline", "environ"):
+            assert key.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+        files = [path for path in Path(site.run_dir).rglob("*") if path.is_file() and path.name != "export"]
+        assert {path.name for path in files} == {"pid", "ceph.conf", "loop"}
+        assert all(key not in path.read_text() for path in files)
+        assert Path(site.helpers_dir).stat().st_mode & 0o077 == 0
+
+
+def test_the_daemon_itself_keeps_no_secret_object(site: Site, ceph: Cluster, image: str) -> None:
+    with attached(site, record(definition(ceph, image))):
+        (name,) = daemons(site)
+        directory = descriptor(f"{site.helpers_dir}/{name}")
+        with conversation(directory, "qmp", Deadline(5)) as qmp:
+            assert [each for each in qmp.execute("qom-list", path="/objects") if each["name"] != "type"] == []
+        os.close(directory)

@@ -1,0 +1,306 @@
+"""The rbd driver's pure parts: options, monitors, keys, and what the kernel's sysfs is told and tells."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.drivers.attach.rbd import Driver
+from imageapi.drivers.ceph import kernel, keys, monitors, options
+from imageapi.drivers.ceph.monitors import Address, Monitor
+from imageapi.linux import krbd
+from imageapi.records import Key
+from imageapi.spec import MASK, Rbd, RbdOptions, Secret
+
+pytestmark = pytest.mark.pure
+KEY = "AQAxTAVrYyq6CRAAOY3NIRDgquZG0aCBFil2vA=="
+SAMPLES: dict[str, Any] = {"ms_mode": "crc", "read_from_replica": "balance", "compression_hint": "compressible"}
+NUMBERS = {"mount_timeout", "osdkeepalive", "osd_idle_ttl", "queue_depth", "lock_timeout", "alloc_size"}
+TEXTS = {"name", "namespace", "fsid", "ip"}
+
+
+def sample(name: str) -> Any:
+    """A value that the option `name` can have."""
+    if name in SAMPLES:
+        return SAMPLES[name]
+    if name == "secret":
+        return Secret(KEY)
+    if name == "crush_location":
+        return "rack:r1|host:h1"
+    return 4096 if name in NUMBERS else "text" if name in TEXTS else True
+
+
+def flagged(*names: str) -> Rbd:
+    return Rbd(["10.0.0.1"], "pool", "image", None, RbdOptions(**dict.fromkeys(names, True)))  # type: ignore[arg-type]
+
+
+def rbd(snapshot: str | None = None, **chosen: Any) -> Rbd:
+    return Rbd(["10.0.0.1"], "pool", "image", snapshot, RbdOptions(**chosen))
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_every_option_of_the_spec_has_a_line_in_the_table() -> None:
+    assert set(options.OPTIONS) == set(RbdOptions.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", options.OPTIONS)
+def test_an_option_is_honoured_by_the_daemon_way_or_refused_by_name(name: str) -> None:
+    chosen = RbdOptions(**{name: sample(name)})
+    if options.OPTIONS[name].daemon is None:
+        with pytest.raises(errors.Unsupported, match="--rbd-backend kernel") as caught:
+            options.daemon_lines(chosen)
+        assert caught.value.fields["path"] == f"$.options.{name}"
+    else:
+        assert KEY not in "".join(options.daemon_lines(chosen))
+
+
+@pytest.mark.parametrize("name", options.OPTIONS)
+def test_every_option_is_explained_or_speaks_for_itself(name: str) -> None:
+    option = options.OPTIONS[name]
+    assert option.daemon or option.why
+
+
+@pytest.mark.parametrize(("one", "other"), options.PAIRS)
+def test_a_pair_that_contradicts_itself_is_refused(one: str, other: str) -> None:
+    with pytest.raises(errors.Invalid, match=f"'{one}' and '{other}'"):
+        options.check(flagged(one, other))
+    options.check(flagged(one))
+    options.check(flagged(other))
+
+
+def test_a_snapshot_cannot_be_written() -> None:
+    with pytest.raises(errors.Invalid, match="snapshot"):
+        options.check(rbd("one", rw=True))
+    assert options.read_only(rbd("one"))
+    assert not options.read_only(rbd())
+
+
+def test_the_kernel_gets_its_own_words() -> None:
+    chosen = rbd(
+        name="me", secret=Secret(KEY), namespace="ns", ro=True, ceph_requires_signatures=True, force=True, udev=True
+    )
+    assert sorted(options.kernel_words(chosen)) == [
+        "_pool_ns=ns", "cephx_require_signatures", f"mount_timeout={options.CONNECT_TIMEOUT}", "name=me", "ro",
+    ]  # fmt: skip
+
+
+def test_no_options_at_all_mean_client_admin() -> None:
+    assert options.kernel_words(rbd()) == ["name=admin", f"mount_timeout={options.CONNECT_TIMEOUT}"]
+    assert options.user(RbdOptions(name="")) == "admin"
+
+
+def test_a_value_cannot_smuggle_in_another_option() -> None:
+    with pytest.raises(errors.Invalid, match="blank or a comma"):
+        options.kernel_words(rbd(name="me,rw"))
+    with pytest.raises(errors.Invalid, match="CRUSH"):
+        options.daemon_lines(RbdOptions(crush_location="rack:r1\nmon host = 10.0.0.9"))
+
+
+def test_the_daemon_gets_a_configuration_in_cephs_words() -> None:
+    lines = options.daemon_lines(
+        RbdOptions(nocrc=True, read_from_replica="no", crush_location="rack:r1|host:h1", ms_mode="prefer-secure")
+    )
+    assert lines == [
+        f"client mount timeout = {options.CONNECT_TIMEOUT}",
+        "ms crc data = false",
+        "rbd read from replica policy = default",
+        "crush location = rack=r1 host=h1",
+        "ms client mode = secure crc",
+        "ms mon client mode = secure crc",
+    ]
+
+
+def test_the_first_messenger_cannot_be_demanded_of_librados() -> None:
+    with pytest.raises(errors.Unsupported, match="legacy"):
+        options.daemon_lines(RbdOptions(ms_mode="legacy"))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, options.CONNECT_TIMEOUT), (0, options.CONNECT_TIMEOUT), (3, 3),
+                                              (600, options.CONNECT_TIMEOUT)])  # fmt: skip
+def test_connecting_never_takes_longer_than_the_answer_may(asked: int | None, given: int) -> None:
+    assert options.connect_timeout(RbdOptions(mount_timeout=asked)) == given
+
+
+# ----------------------------------------------------------------------------------------------- monitors
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("192.168.1.48", Monitor("192.168.1.48", 6789)),
+        ("192.168.1.48:3300", Monitor("192.168.1.48", 3300)),
+        ("mon-a.example_1.org", Monitor("mon-a.example_1.org", 6789)),
+        ("mon-a:7000", Monitor("mon-a", 7000)),
+        ("[fd00::1]:3300", Monitor("fd00::1", 3300)),
+        ("[fd00::1]", Monitor("fd00::1", 6789)),
+        ("fd00::1", Monitor("fd00::1", 6789)),
+        ("::1", Monitor("::1", 6789)),
+    ],
+)
+def test_a_monitor_can_be_written_in_every_usual_way(text: str, expected: Monitor) -> None:
+    assert monitors.parse([text]) == [expected]
+
+
+@pytest.mark.parametrize("text", ["a b", "a,b", "host:0", "host:65536", "host:", ":6789", "v2:host:1", "[::1", "a/b"])
+def test_what_is_no_monitor_is_refused_with_its_place(text: str) -> None:
+    with pytest.raises(errors.Invalid, match="is no monitor") as caught:
+        monitors.parse(["good", text])
+    assert caught.value.fields["path"] == "$.monitors[1]"
+
+
+def test_a_banner_tells_the_messenger() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"ceph v2\n\x10\x00")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert monitors.reachable([Monitor("127.0.0.1", port)], 10) == [Address("127.0.0.1", port, "v2")]
+        thread.join()
+
+
+def test_something_else_that_listens_is_no_monitor() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(errors.TimedOut, match=f"127.0.0.1:{port}"):
+            monitors.reachable([Monitor("127.0.0.1", port)], 0.05)
+
+
+def test_a_name_nobody_knows_is_the_users_mistake() -> None:
+    with pytest.raises(errors.Invalid, match=r"nowhere\.invalid"):
+        monitors.resolve([Monitor("nowhere.invalid", 6789)])
+
+
+def test_one_image_is_the_same_however_its_monitors_are_written() -> None:
+    driver = Driver()
+    one = Rbd(["b", "a:6789"], "pool", "image")
+    same = Rbd(["a", "b:3300"], "pool", "image", None, RbdOptions(ms_mode="crc"))
+    assert driver.identity(one) == driver.identity(same)
+    assert driver.identity(one) != driver.identity(Rbd(["b", "a"], "pool", "image", "one"))
+    assert driver.store(one) == driver.store(Rbd(["a:6789", "b"], "other", "image"))
+
+
+# --------------------------------------------------------------------------------------------------- keys
+
+
+def test_a_key_is_decoded_for_the_kernel() -> None:
+    assert len(keys.decoded(Secret(KEY))) == keys.HEADER.size + 16
+    assert len(keys.decoded(kernel.NO_KEY)) == keys.HEADER.size + 16
+
+
+@pytest.mark.parametrize("text", ["", MASK, "not base64!", "QUJDREVGR0g=", KEY[:-4], KEY + KEY, "ключ"])
+def test_what_is_no_key_is_refused_without_being_shown(text: str) -> None:
+    with pytest.raises(errors.Invalid, match="no Ceph key") as caught:
+        keys.decoded(Secret(text))
+    assert not text or text not in str(caught.value.to_dict())
+
+
+# ----------------------------------------------------------------------------------- the kernel's interface
+
+
+def test_the_line_for_the_kernel() -> None:
+    image = krbd.Image("", "pool", "", "image", None)
+    assert krbd.line(["10.0.0.1:6789", "[fd00::1]:6789"], ["name=me", "ro"], image) == (
+        "10.0.0.1:6789,[fd00::1]:6789 name=me,ro pool image -"
+    )
+    assert krbd.line(["10.0.0.1"], ["ro"], image._replace(snapshot="one")).endswith(" image one")
+
+
+@pytest.mark.parametrize("wrong", [{"pool": "a b"}, {"name": ""}, {"name": "a\nb"}, {"snapshot": "a\tb"}])
+def test_what_a_line_cannot_carry(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="blank"):
+        krbd.line(["10.0.0.1"], ["ro"], krbd.Image("", "pool", "", "image", None)._replace(**wrong))
+    with pytest.raises(ValueError, match="comma"):
+        krbd.line(["10.0.0.1"], ["name=a,b"], krbd.Image("", "pool", "", "image", None))
+
+
+def bus(root: Path, *, single_major: bool = True) -> str:
+    """A directory that looks like the driver's."""
+    (root / "devices").mkdir(parents=True)
+    for name in ("add", "remove", *(("add_single_major", "remove_single_major") if single_major else ())):
+        (root / name).touch()
+    return str(root)
+
+
+def mapped(root: str, number: int, options_text: str, snapshot: str = "-") -> None:
+    device = Path(root, "devices", str(number))
+    device.mkdir()
+    (device / "config_info").write_text(f"10.0.0.1:6789 {options_text} pool image {snapshot}\n")
+    for name, text in {"pool": "pool", "name": "image", "current_snap": snapshot}.items():
+        (device / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize("single_major", [True, False])
+def test_the_commands_go_to_the_files_that_the_kernel_has(tmp_path: Path, single_major: bool) -> None:
+    root = bus(tmp_path / "rbd", single_major=single_major)
+    suffix = "_single_major" if single_major else ""
+    krbd.map_image("a line", root)
+    krbd.unmap(3, force=True, root=root)
+    assert Path(root, f"add{suffix}").read_text() == "a line"
+    assert Path(root, f"remove{suffix}").read_text() == "3 force"
+
+
+def test_a_driver_that_is_not_there(tmp_path: Path) -> None:
+    assert not krbd.available(str(tmp_path / "rbd"))
+    with pytest.raises(FileNotFoundError) as caught:
+        krbd.map_image("a line", str(tmp_path))
+    assert caught.value.filename == str(tmp_path / "add")
+
+
+def test_a_device_is_found_by_its_mark(tmp_path: Path) -> None:
+    site = Site(instance="12345678")
+    root = bus(tmp_path / "rbd")
+    mapped(root, 0, "name=admin,key=client.admin")
+    mapped(root, 10, "name=me,key=imageapi:12345678:attach/1,_pool_ns=ns,ro")
+    mapped(root, 2, "name=me,key=imageapi:12345678:attach/11", "one")
+    device = kernel.find(Key("attach", 1), site, root)
+    assert device is not None
+    assert (device.file, device.image.namespace, device.read_only) == ("/dev/rbd10", "ns", True)
+    assert kernel.observe(Key("attach", 11), site, root) == "/dev/rbd2"
+    assert kernel.observe(Key("attach", 2), site, root) is None
+    assert [each.id for each in krbd.devices(root)] == [0, 2, 10]
+
+
+def test_releasing_what_is_not_mapped_does_nothing(tmp_path: Path) -> None:
+    kernel.release(Key("attach", 1), Site(), str(tmp_path / "none"))
+    root = bus(tmp_path / "rbd")
+    kernel.release(Key("attach", 1), Site(), root)
+    assert Path(root, "remove_single_major").read_text() == ""
+
+
+def test_a_release_unmaps_our_device(tmp_path: Path) -> None:
+    site = Site(instance="12345678")
+    root = bus(tmp_path / "rbd")
+    mapped(root, 4, f"key={site.mark(Key('attach', 1))}")
+    kernel.release(Key("attach", 1), site, root)
+    assert Path(root, "remove_single_major").read_text() == "4"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (errno.EACCES, 422, "client.me"),
+        (errno.EPERM, 422, "profile rbd-read-only pool=pool"),
+        (errno.ENOENT, 422, "no image 'image'"),
+        (errno.ETIMEDOUT, 504, "10.0.0.1"),
+        (errno.EINVAL, 501, "rbd info pool/image"),
+        (errno.EIO, 500, "image"),
+    ],
+)
+def test_the_kernels_errors_in_the_users_terms(number: int, code: int, word: str) -> None:
+    found = kernel.explain(OSError(number, "words"), rbd(name="me"))
+    assert found.code == code
+    assert word in found.message
+    assert found.fields["errno"] == errno.errorcode[number]
