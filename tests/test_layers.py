@@ -122,9 +122,9 @@ MACHINE_PATH = re.compile(rf"(?<![\w.}})/])/(?:home/\w+/|root/\.\w)|{re.escape(s
 
 
 def kept_files() -> list[Path]:
-    """Every text file that git keeps or would keep."""
+    """Every text file that git keeps or would keep, whoever owns the checkout."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
