@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Self
 
 
 class Tail:
     """What the kernel logs from now on. Empty where the log may not be read."""
 
-    def __enter__(self) -> Tail:
+    def __enter__(self) -> Self:
         self._fd: int | None = None
         with contextlib.suppress(OSError):
             self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,0 +1,116 @@
+"""An image file as a block device: a loop device, found again by our mark in its name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from imageapi.config import Site
+from imageapi.drivers import holders
+from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.paths import open_path, reopen
+from imageapi.errors import Conflict, Invalid, Unsupported
+from imageapi.linux import loop, mountinfo, superblock, users
+from imageapi.records import AnyRecord, Facts
+from imageapi.spec import Loopback
+
+
+class Driver(LocalDriver):
+    """The kind `loopback`."""
+
+    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+        """`detail` of the facts: see `_facts`; `cut` the bytes at the file's end that fill no sector, and which the
+        device therefore lacks."""
+        definition: Loopback = record.definition
+        with ExitStack() as undo:
+            path = open_path(definition, inputs)
+            undo.callback(os.close, path)
+            found = os.fstat(path)
+            _check_file(definition.path, found)
+            file, read_only = _open(path, read_only=definition.ro)
+            undo.callback(os.close, file)
+            facts = _facts(_attach(file, site.mark(record.key), definition, read_only=read_only))
+        facts.detail["cut"] = found.st_size % superblock.SECTOR
+        return facts
+
+    def release(self, record: AnyRecord, site: Site) -> None:
+        mark = site.mark(record.key)
+        device = loop.marked(mark).get(mark)
+        if device is None:
+            return
+        if not holders.until(lambda: _detached(device, mark)):
+            raise _busy(device)
+
+    def observe(self, record: AnyRecord, site: Site) -> Facts | None:
+        mark = site.mark(record.key)
+        device = loop.marked(mark).get(mark)
+        return None if device is None else _facts(device)
+
+
+def _facts(device: str) -> Facts:
+    """`read_only` is the device's, which may be so where the definition is not; `backing` the file's st_dev and
+    st_ino."""
+    state = loop.status(device)
+    if state is None:
+        raise OSError(errno.ENXIO, "the loop device was detached by another program", device)
+    return Facts(device_file=device, detail={"read_only": state.read_only, "backing": list(state.backing)})
+
+
+def _check_file(path: str, found: os.stat_result) -> None:
+    """Raises: errors.Invalid for what is no image file."""
+    if stat.S_ISDIR(found.st_mode):
+        raise Invalid(f"'{path}' is a directory; give an image file, or use the mount kind 'bind'", path="$.path")
+    if stat.S_ISBLK(found.st_mode):
+        raise Invalid(f"'{path}' is a block device already; use the kind 'local'", path="$.path")
+    if not stat.S_ISREG(found.st_mode):
+        raise Invalid(f"'{path}' is no regular file; give an image file", path="$.path")
+    if found.st_size < superblock.SECTOR:
+        what = "is empty" if found.st_size == 0 else f"has {found.st_size} bytes, less than one sector"
+        raise Invalid(f"'{path}' {what}; give an image file", path="$.path")
+
+
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY)
+
+
+def _open(path: int, *, read_only: bool) -> tuple[int, bool]:
+    """The file read-write, or read-only where that is asked for or file or file system allow no more."""
+    if not read_only:
+        try:
+            return reopen(path, os.O_RDWR), False
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
+    return reopen(path, os.O_RDONLY), True
+
+
+def _attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> str:
+    partitions = definition.readPartitions
+    block_size = superblock.SECTOR if partitions else superblock.block_size(file)
+    try:
+        return loop.attach(file, mark, read_only=read_only, block_size=block_size, partitions=partitions)
+    except OSError as error:
+        if error.filename == "/dev/loop-control" and error.errno in (errno.ENOENT, errno.ENODEV):
+            raise Unsupported("this kernel has no loop devices: 'modprobe loop' must succeed") from None
+        raise
+
+
+def _detached(device: str, mark: str) -> bool:
+    try:
+        loop.detach(device, mark)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+def _busy(device: str) -> Conflict:
+    """Who keeps `device`: mounts of it here or in other mount namespaces, devices on it, processes."""
+    number = os.stat(device).st_rdev
+    dev = f"{os.major(number)}:{os.minor(number)}"
+    mounts = [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.dev == dev]
+    devices = [f"/dev/{name}" for name in os.listdir(f"/sys/dev/block/{dev}/holders")]
+    return holders.busy(device, [*mountinfo.holders(dev), *users.using(device)], [*mounts, *devices])

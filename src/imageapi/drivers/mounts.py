@@ -1,0 +1,127 @@
+"""What all kinds of mount share: a mountpoint of the record's own, finding what is mounted there, and taking it away.
+
+A mountpoint carries the record's token, so whatever lies lowest there is ours, also when a crash came before the
+facts were written. What somebody else put on top is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from imageapi.config import Site
+from imageapi.drivers import holders
+from imageapi.errors import Conflict
+from imageapi.linux import mount, mountinfo, users
+from imageapi.linux.mountinfo import Mount
+from imageapi.linux.tree import remove_tree
+from imageapi.records import AnyRecord
+
+
+def make_directory(undo: ExitStack, path: str) -> str:
+    """A directory that goes again when the acquire fails. Raises: FileExistsError for one that was not released."""
+    os.mkdir(path, 0o755)
+    undo.callback(_remove_mountpoint, path)
+    return path
+
+
+def make_tree(undo: ExitStack, path: str) -> str:
+    """The same for one that the kernel fills."""
+    os.mkdir(path, 0o755)
+    undo.callback(remove_tree, path)
+    return path
+
+
+def find(record: AnyRecord, site: Site) -> Mount | None:
+    """The record's mount, if it stands."""
+    stack = mountinfo.stack(site.mountpoint(record.token))
+    return stack[0] if stack and _is_ours(record, stack[0]) else None
+
+
+def standing(record: AnyRecord, site: Site) -> Mount:
+    """The record's mount, just made. Raises: OSError when another program was quick to unmount it."""
+    found = find(record, site)
+    if found is None:
+        raise OSError(errno.ENOENT, "another program has unmounted it again", site.mountpoint(record.token))
+    return found
+
+
+def _is_ours(record: AnyRecord, lowest: Mount) -> bool:
+    return bool(record.facts.detail.get("dev", lowest.dev) == lowest.dev)
+
+
+def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
+    """Unmount the record's mount and remove its mountpoint, which also detaches the copies that other mount
+    namespaces have of it there. `with_inner`: what is mounted inside belongs to it.
+
+    Raises: errors.Conflict naming who is in the way; nothing has changed then.
+    """
+    path = site.mountpoint(record.token)
+    mounts = mountinfo.read()
+    stack = mountinfo.stack(path, mounts)
+    if stack:
+        _check_top(record, path, stack)
+        inner = mountinfo.below(path, mounts)
+        _check_inner(path, inner, with_inner=with_inner)
+        for each in (*inner, stack[0]):
+            _umount(path, each.mountpoint)
+    _remove_mountpoint(path)
+
+
+def _check_top(record: AnyRecord, path: str, stack: list[Mount]) -> None:
+    if len(stack) > 1 or not _is_ours(record, stack[0]):
+        strange = f"{stack[-1].source or 'something'} ({stack[-1].fstype})"
+        raise Conflict(
+            f"{strange} is mounted over {path}, and not by this server; umount it there, and delete again",
+            holders=[strange],
+        )
+
+
+def _check_inner(path: str, inner: list[Mount], *, with_inner: bool) -> None:
+    if not inner:
+        return
+    if not with_inner:
+        raise holders.busy(path, (), (f"the mount at {each.mountpoint}" for each in inner))
+    if pids := users.using(path):  # before the first of several is gone
+        raise holders.busy(path, pids)
+
+
+def _umount(path: str, mountpoint: str) -> None:
+    if not holders.until(lambda: _unmounted(mountpoint)):
+        raise holders.busy(path, users.using(path))
+
+
+def _unmounted(mountpoint: str) -> bool:
+    """Whether it could be unmounted now, or somebody else has just done it."""
+    try:
+        mount.umount(mountpoint, mount.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        if error.errno != errno.EINVAL:
+            raise
+    return True
+
+
+def _remove_mountpoint(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise Conflict(
+                f"{path} holds files that were written while nothing was mounted there; move them away",
+                holders=[f"files in {path}"],
+            ) from None
+        if error.errno == errno.EBUSY:
+            raise Conflict(f"something was just mounted on {path} by another program; umount it there") from None
+        raise
+
+
+def check_gone(what: str, is_held_by: Callable[[Mount], bool]) -> None:
+    """Raises: errors.Conflict while another mount namespace has such a mount: the file system is still up."""
+    if not holders.until(lambda: not mountinfo.namespaces_where(is_held_by)):
+        raise holders.busy(what, mountinfo.namespaces_where(is_held_by))
