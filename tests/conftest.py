@@ -14,6 +14,8 @@ from imageapi.config import Site
 from lab import session as test_session
 from lab.machine import Machine
 
+pytest_plugins = ("lab.fixtures",)
+
 MACHINE = pytest.StashKey[Machine]()
 
 
