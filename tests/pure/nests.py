@@ -14,7 +14,7 @@ from imageapi.spec import Attach, Attachment, Bind, Container, Local, Loopback, 
 class KindAnswers(LocalDriver):
     """What the planner asks of a kind, and nothing else: no verb is ever called by it."""
 
-    acquire = release = observe = None  # type: ignore[assignment]
+    acquire = release = observe = None
 
     def identity(self, definition: Any) -> object | None:
         if isinstance(definition, Rbd):

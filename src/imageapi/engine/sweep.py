@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from imageapi.config import Site
 from imageapi.linux import loop, mount, mountinfo
@@ -33,7 +33,7 @@ def _sweep_mounts(site: Site, tokens: Collection[int]) -> list[str]:
     for name in sorted(os.listdir(site.mounts_dir)):
         match = _OURS.fullmatch(name)
         if match and int(match[2]) not in tokens:
-            removed += _attempt(lambda path: _clear_directory(path), f"{site.mounts_dir}/{name}")
+            removed += _attempt(_clear_directory, f"{site.mounts_dir}/{name}")
     return removed
 
 
@@ -54,10 +54,10 @@ def _sweep_loops(site: Site, marks: Collection[str]) -> list[str]:
     return removed
 
 
-def _attempt(remove: object, path: str) -> list[str]:
+def _attempt(remove: Callable[[str], None], path: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         try:
-            remove(path)  # type: ignore[operator]
+            remove(path)
         except OSError as error:
             log.warning("%s has no record, and cannot be removed: %s", path, error)
             return []
