@@ -202,16 +202,26 @@ def _wait_until_free(device: str, name: str | None) -> None:
         time.sleep(0.005)
 
 
-def marked(prefix: str) -> dict[str, str]:
-    """The devices in use whose name begins with `prefix`, by name."""
+def marked(prefix: str, *, skip: str = "") -> dict[str, str]:
+    """The devices in use whose name begins with `prefix`, by name. Those of files in the directory `skip` are not
+    looked at: one file that hangs would hang the whole search."""
     found: dict[str, str] = {}
     for number in _in_use():
         device = f"/dev/loop{number}"
+        if skip and backing_path(device).startswith(f"{skip}/"):
+            continue
         with contextlib.suppress(OSError):
             state = status(device)
             if state is not None and state.name.startswith(prefix):
                 found[state.name] = device
     return found
+
+
+def backing_path(device: str) -> str:
+    """The path of the file under `device`, from sysfs, which does not touch the file; "" when it is free."""
+    with contextlib.suppress(OSError), open(f"/sys/block/{os.path.basename(device)}/loop/backing_file", "rb") as file:
+        return os.fsdecode(file.read().removesuffix(b"\n"))
+    return ""
 
 
 def _in_use() -> list[int]:

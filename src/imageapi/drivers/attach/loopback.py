@@ -37,17 +37,23 @@ class Driver(LocalDriver):
         return facts
 
     def release(self, record: AnyRecord, site: Site) -> None:
-        mark = site.mark(record.key)
-        device = loop.marked(mark).get(mark)
-        if device is None:
-            return
-        if not holders.until(lambda: _detached(device, mark)):
+        device = _find(record, site)
+        if device and not holders.until(lambda: _detached(device, site.mark(record.key))):
             raise _busy(device)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        mark = site.mark(record.key)
-        device = loop.marked(mark).get(mark)
+        device = _find(record, site)
         return None if device is None else _facts(device)
+
+
+def _find(record: AnyRecord, site: Site) -> str | None:
+    """The device that carries our mark: the one in the record, else, when a crash came before it was written, any;
+    but for those on the files of storage helpers, which are not this driver's and may hang."""
+    mark, known = site.mark(record.key), record.facts.device_file
+    if known is not None:
+        state = loop.status(known)
+        return known if state is not None and state.name == mark else None
+    return loop.marked(mark, skip=os.path.realpath(site.helpers_dir)).get(mark)
 
 
 def _facts(device: str) -> Facts:
