@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab.images import small_image
-from lab.machine import Machine, Trace
+from lab.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,10 +91,10 @@ def test_a_descriptor_is_seen(machine: Machine) -> None:
 
 
 @pytest.mark.pure
-@pytest.mark.parametrize("name", ["imageapi.sock", "imageapi-leftover"])
+@pytest.mark.parametrize("name", ["imageapi.{}.sock", "imageapi-{}"])
 def test_a_file_with_our_name_is_seen(machine: Machine, name: str) -> None:
     before = machine.look()
-    path = Path("/dev/shm") / name
+    path = Path("/dev/shm") / name.format(machine.session.token)
     path.touch()
     left = machine.settle(before, 0)
     path.unlink()
@@ -159,14 +159,15 @@ STARTERS: dict[str, Callable[[Path], int]] = {
 def test_a_process_that_left_the_family_is_seen(machine: Machine, run_dir: Path, ended: list[int], known: str) -> None:
     before = machine.look()
     ended.append(STARTERS[known](run_dir))
-    await_sentence(machine, before, f"left behind: process {ended[0]} ")
+    await_exec(ended[0])
+    assert [line.split(" started")[0] for line in machine.settle(before, 0)] == [f"left behind: process {ended[0]}"]
 
 
-def await_sentence(machine: Machine, before: set[Trace], beginning: str) -> None:
-    """A process is seen once its exec is done: wait for that."""
+def await_exec(pid: int) -> None:
+    """Wait until the shell and its helpers have become the command: before, their arguments betray them."""
     end = time.monotonic() + 5
-    while not any(line.startswith(beginning) for line in machine.difference(before)):
-        assert time.monotonic() < end, machine.difference(before)
+    while (name := Path(f"/proc/{pid}/comm").read_text().strip()) not in ("sleep", "tail", "imageapi"):
+        assert time.monotonic() < end, name
         time.sleep(0.01)
 
 
