@@ -28,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    for stuck in config.stash[MACHINE].tidy():
+    machine = config.stash.get(MACHINE, None)
+    for stuck in machine.tidy() if machine else ():
         print(f"still mounted, and left for you: {stuck}")
 
 
