@@ -81,7 +81,7 @@ def test_the_systemd_image_has_what_a_boot_needs(run_dir: Path) -> None:
     assert masked == "/dev/null"
 
 
-@pytest.mark.pure
+@pytest.mark.kernel
 def test_two_who_want_an_image_at_once_make_one(tmp_path: Path) -> None:
     """Whole from the moment it can be seen, and nothing left beside it but the lock."""
     maker = [sys.executable, "-c", "from tools import images; print(images.small_image())"]
@@ -92,7 +92,7 @@ def test_two_who_want_an_image_at_once_make_one(tmp_path: Path) -> None:
     assert {str(path) for path in (tmp_path / "imageapi").iterdir() if path.suffix != ".lock"} == {first.strip()}
 
 
-@pytest.mark.pure
+@pytest.mark.kernel
 def test_a_failed_make_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the packer is not to be found; busybox is."""
     (tmp_path / "bin").mkdir()
