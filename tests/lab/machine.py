@@ -62,7 +62,7 @@ class Machine:
     def settle(self, before: set[Trace], deadline: float | None = None) -> list[str]:
         """The difference that stays. What is only on its way out has until the deadline (seconds) to go."""
         end = time.monotonic() + (DEADLINE if deadline is None else deadline)
-        if not (left := self.difference(before)):
+        if not self.difference(before):
             return []
         gc.collect()  # a descriptor held by a cycle of garbage is not leaked
         while (left := self.difference(before)) and time.monotonic() < end:
