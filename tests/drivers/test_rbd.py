@@ -195,16 +195,31 @@ def test_the_second_messenger_and_its_options(site: Site, ceph: Cluster, image: 
         assert Path(device).read_bytes() == ceph.read_image(image)
 
 
-def test_what_is_written_is_in_the_cluster_after_the_detach(site: Site, ceph: Cluster) -> None:
-    ceph.create_image("scratch", "8M")
-    what = record(definition(ceph, "scratch", rw=True))
+@pytest.mark.parametrize("features", ["layering", "layering,exclusive-lock,object-map,fast-diff,deep-flatten"])
+def test_what_is_written_is_in_the_cluster_after_the_detach(site: Site, ceph: Cluster, features: str) -> None:
+    name = f"scratch-{len(features)}"
+    ceph.create_image(name, "8M", features=features)
+    what = record(definition(ceph, name, rw=True))
     written = os.urandom(3 << 20)
     with attached(site, what) as device, open(device, "r+b") as block:
         block.seek(1 << 20)
         block.write(written)
-    assert ceph.read_image("scratch")[1 << 20 : 4 << 20] == written
-    with attached(site, record(definition(ceph, "scratch", rw=True), 1)) as device:
+    assert ceph.read_image(name)[1 << 20 : 4 << 20] == written
+    with attached(site, record(definition(ceph, name, rw=True), 1)) as device:
         assert Path(device).read_bytes()[1 << 20 : 4 << 20] == written
+
+
+def test_writes_that_the_cluster_refuses_are_told_once_and_then_let_go(site: Site, ceph: Cluster) -> None:
+    ceph.create_image("not-yours", "8M")
+    key = ceph.add_user("watcher", READ_ONLY)
+    what = record(definition(ceph, "not-yours", name="watcher", secret=Secret(key), rw=True))
+    with attached(site, what) as device:
+        with open(device, "r+b") as block:
+            block.write(b"x" * 4096)
+        with pytest.raises(errors.Problem, match="refused the last writes"):
+            DRIVER.release(what, site)
+        assert DRIVER.observe(what, site) is not None
+    assert os.listdir(site.helpers_dir) == []
 
 
 def test_ten_images_share_one_daemon_which_ends_with_the_last(site: Site, ceph: Cluster, image: str) -> None:

@@ -22,6 +22,8 @@ DEADLINE = 20.0
 """Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
 
 CONF = "ceph.conf"
+REFUSED = "refused"
+"""The files beside the export: librados' configuration, and the note that writes were refused."""
 
 
 def acquire(key: Key, definition: Rbd, site: Site) -> str:
@@ -44,7 +46,7 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
 def release(key: Key, definition: Rbd, site: Site) -> None:
     """Flush, and take away the loop device, the file and, with its last image, the daemon. Idempotent.
 
-    Raises: errors.Conflict while the device is in use; errors.TimedOut; errors.Problem when the flush failed.
+    Raises: errors.Conflict while the device is in use; errors.TimedOut; errors.Problem when writes were lost.
     """
     if not storage_daemon.known(site, key):
         return
@@ -52,7 +54,7 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
     expendable = options.read_only(definition)
     if device is not None:
         if not expendable and storage_daemon.standing(site, key):
-            _flush(device)
+            _flush(device, storage_daemon.private_path(site, key, REFUSED))
         export_loop.detach(device)
     with _explained(definition):
         storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=expendable)
@@ -63,13 +65,23 @@ def observe(key: Key, site: Site) -> str | None:
     return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
 
 
-def _flush(device: str) -> None:
+def _flush(device: str, refused: str) -> None:
+    """See that all writes are in the cluster. An outage makes this wait; an error is the cluster's last word, and no
+    later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go.
+
+    Raises: errors.Problem.
+    """
     descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
+        if os.path.exists(refused):
+            return
+        with open(refused, "w", encoding="utf-8") as note:
+            note.write(str(error))
         raise Problem(
-            f"the last writes to {device} could not be flushed to the cluster, and would be lost",
+            f"the cluster refused the last writes to {device}, which are lost: see what the user may write, and the "
+            "pool's quota; the device is let go at the next attempt",
             step="flush",
             detail=str(error),
         ) from None
