@@ -47,7 +47,7 @@ MARGIN = 3.0
 """Seconds that a start's answer may take beyond the start's own timeout."""
 PAUSE = 0.002
 """Seconds between two looks whether a launched supervisor listens."""
-RELAUNCH = 0.5
+RELAUNCH = 0.1
 """Seconds until it is launched again."""
 
 A = TypeVar("A", Welcome, Started, Lives, Done)

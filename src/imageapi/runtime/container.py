@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -46,6 +46,17 @@ class Surroundings(NamedTuple):
     freezer: int | None
     ignored: Sequence[int]
     adjust_oom: bool
+
+    def group(self, container: int, attempt: int) -> str:
+        """The name of a container's cgroups."""
+        return f"imageapi-{self.instance}-{container}-{attempt}"
+
+    def sweep_groups(self, used: Collection[str]) -> None:
+        """Remove the cgroups of lives that are not known: their supervisor died before it could note them."""
+        for hierarchy, directory in self.hierarchies:
+            for name in cgroup.groups(directory):
+                if name.startswith(f"imageapi-{self.instance}-") and f"{hierarchy.directory}/{name}" not in used:
+                    cgroup.remove(directory, name)
 
     def uuid(self, container: int) -> str:
         """An id that no other container has, on any host, and this one has until the next boot."""
@@ -109,7 +120,7 @@ class Container:
         self, order: Start, passing: contextlib.ExitStack, undo: contextlib.ExitStack
     ) -> tuple[str, int]:
         """The name of the container's groups, and a descriptor of the one in which it is born."""
-        group = f"{order.mark}-{order.attempt}".replace(":", "-").replace("/", "-")
+        group = self._around.group(order.id, order.attempt)
         for hierarchy, directory in self._around.hierarchies:
             if hierarchy.is_v2:
                 cgroup.make(directory, group)

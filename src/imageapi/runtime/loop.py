@@ -29,6 +29,7 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
+        self._gone: set[int] = set()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopped = False
@@ -46,6 +47,7 @@ class Loop:
         """To be called before the descriptor is closed; one that is not watched is no error."""
         if self._handlers.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
+            self._gone.add(descriptor)
 
     def after(self, seconds: float, handler: Handler) -> Timer:
         """Call `handler` once, `seconds` from now."""
@@ -60,9 +62,11 @@ class Loop:
     def run(self) -> None:
         """Call handlers until `stop`."""
         while not self._stopped:
+            self._gone.clear()
             for descriptor, _ in self._epoll.poll(self._patience()):
-                self._call(self._handlers.get(descriptor), descriptor)
-            while self._timers and self._timers[0][0] <= time.monotonic():
+                if descriptor not in self._gone:  # it may be closed, and its number another's by now
+                    self._call(self._handlers.get(descriptor), descriptor)
+            if self._timers and self._timers[0][0] <= time.monotonic():
                 self._call(heapq.heappop(self._timers)[2].handler)
 
     def _patience(self) -> float | None:

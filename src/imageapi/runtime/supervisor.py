@@ -48,6 +48,10 @@ from imageapi.runtime.protocol import (
 )
 
 BACKLOG = 16
+FIRST_CLIENT = 10.0
+"""Seconds for the server that had us launched to come."""
+IDLE = 0.2
+"""Seconds without a client and without a living container, until there is no use in a supervisor."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -179,6 +183,7 @@ class Supervisor:
             if name not in living:
                 self._around.keep.unpark(name)
                 self._around.keep.drop_host(name)
+        self._around.sweep_groups({group for one in self._containers.values() for group in one.entry.groups})
 
     def _adopt(self, entry: Entry) -> None:
         container = Container(self._around, self._on_ended)
@@ -186,9 +191,23 @@ class Supervisor:
         container.adopt(entry)
 
     def serve(self) -> None:
-        """Serve until somebody says Quit."""
+        """Serve until somebody says Quit, or nobody is left to serve."""
         self._loop.watch(self._listener.fileno(), self._accept)
+        self._loop.after(FIRST_CLIENT, self._rest)
         self._loop.run()
+
+    def _running(self) -> list[int]:
+        return [container.life.id for container in self._containers.values() if container.life.running]
+
+    def _rest(self) -> None:
+        """End when there is nothing to do: what is known of ended lives is on disk."""
+        if not self._clients and not self._running():
+            self._end()
+
+    def _end(self) -> None:
+        os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
+        self._around.keep.remove()
+        self._loop.stop()
 
     # -------------------------------------------------------------------------------------------------- clients
 
@@ -204,6 +223,7 @@ class Supervisor:
             self._clients.discard(client)
             self._loop.unwatch(client.channel.fileno())
             client.channel.close()
+            self._loop.after(IDLE, self._rest)
 
     def _hear(self, client: Client) -> None:
         try:
@@ -301,15 +321,13 @@ class Supervisor:
         return Done()
 
     def _quit(self, _: Quit) -> Answer:
-        running = [one.life.id for one in self._containers.values() if one.life.running]
-        if running:
+        if running := self._running():
             raise errors.Conflict(f"containers run: {', '.join(map(str, running))}")
-        os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
-        self._around.keep.remove()
-        self._loop.stop()
+        self._end()
         return Done()
 
     def _on_ended(self, container: Container, news: Ended | None) -> None:
+        self._loop.after(IDLE, self._rest)
         if news is None:
             if self._containers.get(container.life.id) is container:
                 del self._containers[container.life.id]
