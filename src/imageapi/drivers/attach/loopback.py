@@ -25,14 +25,18 @@ class Driver(LocalDriver):
         """`detail` of the facts: see `_facts`; `cut` the bytes at the file's end that fill no sector, and which the
         device therefore lacks."""
         definition: Loopback = record.definition
-        with ExitStack() as undo:
+        mark = site.mark(record.key)
+        with ExitStack() as undo, ExitStack() as opened:
             path = open_path(definition, inputs)
-            undo.callback(os.close, path)
+            opened.callback(os.close, path)
             found = os.fstat(path)
             _check_file(definition.path, found)
             file, read_only = _open(path, read_only=definition.ro)
-            undo.callback(os.close, file)
-            facts = _facts(_attach(file, site.mark(record.key), definition, read_only=read_only))
+            opened.callback(os.close, file)
+            device = _attach(file, mark, definition, read_only=read_only)
+            undo.callback(loop.detach, device, mark)
+            facts = _facts(device)
+            undo.pop_all()
         facts.detail["cut"] = found.st_size % superblock.SECTOR
         return facts
 
