@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from drivers.bench import KINDS, Bench, Made, bench_on, stored, traces
+from drivers.bench import KINDS, Bench, Made, stored, traces
 from drivers.interruptions import deaths, errors
 from imageapi import records
-from imageapi.config import Site
 from imageapi.errors import Conflict
 from lab.elsewhere import working_in
 
@@ -23,18 +21,11 @@ pytestmark = pytest.mark.kernel
 RELEASE = """
 import sys, msgspec
 from imageapi import records
-from imageapi.config import Site
 from imageapi.drivers.base import driver
 site = msgspec.json.decode(sys.argv[1], type=Site)
 record = records.decode(sys.argv[2], sys.stdin.buffer.read())
 driver(record.key.collection, record.kind).release(record, site)
 """
-
-
-@pytest.fixture
-def bench(site: Site) -> Iterator[Bench]:
-    with bench_on(site) as bench:
-        yield bench
 
 
 @pytest.fixture(params=KINDS)

@@ -102,12 +102,14 @@ def _check_distinct(inputs: Sequence[AnyRecord]) -> None:
     seen: dict[tuple[int, int], AnyRecord] = {}
     for at, each in enumerate(inputs):
         found = os.stat(_directory(each, at))
-        other = seen.setdefault((found.st_dev, found.st_ino), each)
-        if other is not each:
+        place = found.st_dev, found.st_ino
+        if place in seen:
             raise Invalid(
-                f"{each.key} is the same directory as {other.key}, and a layer can be there once only; leave one out",
+                f"{each.key} is the same directory as {seen[place].key}, and a layer can be there only once: leave "
+                "one out",
                 path=f"$.lower[{at}]",
             )
+        seen[place] = each
 
 
 def _look_like(upper: str, lower: str) -> None:

@@ -1,0 +1,203 @@
+"""The kind `loopback`: what it takes, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from drivers.bench import Bench
+from imageapi.errors import Conflict, Invalid
+from imageapi.linux import loop, mount
+from imageapi.records import AnyRecord
+from lab import images
+from lab.elsewhere import mount_namespace
+from tools.images import Format
+
+pytestmark = pytest.mark.kernel
+BLKPG = 0x1269
+BLKPG_ADD_PARTITION = 1
+
+
+def device_of(record: AnyRecord) -> str:
+    assert record.facts.device_file is not None
+    return record.facts.device_file
+
+
+def logical_block(device: str) -> int:
+    return int(Path(f"/sys/block/{os.path.basename(device)}/queue/logical_block_size").read_text())
+
+
+def test_the_device_carries_our_mark(bench: Bench) -> None:
+    record = bench.acquire(bench.loopback())
+    state = loop.status(device_of(record))
+    assert state is not None
+    assert state.name == bench.site.mark(record.key)
+    assert state.read_only
+    assert state.direct_io
+
+
+@pytest.mark.parametrize(("format", "block"), [("squashfs", 4096), ("erofs", 4096), ("ext4", 512)])
+def test_the_block_is_large_where_that_cannot_harm(bench: Bench, format: Format, block: int) -> None:
+    assert logical_block(device_of(bench.acquire(bench.loopback(format)))) == block
+
+
+def test_a_size_that_is_no_multiple_of_4096_has_small_blocks(bench: Bench, run_dir: Path) -> None:
+    image = run_dir / "odd.img"
+    shutil.copyfile(images.small_image("squashfs"), image)
+    os.truncate(image, image.stat().st_size + 700)
+    record = bench.acquire(bench.loopback(path=str(image)))
+    assert logical_block(device_of(record)) == 512
+    assert record.facts.detail["cut"] == 700 - 512
+
+
+def test_written_data_reach_the_file(bench: Bench, run_dir: Path) -> None:
+    image = run_dir / "disk"
+    image.write_bytes(bytes(1 << 20))
+    record = bench.acquire(bench.loopback(path=str(image), ro=False))
+    assert record.facts.detail["read_only"] is False
+    with open(device_of(record), "r+b") as device:
+        device.write(b"written")
+    bench.release(record)
+    assert image.read_bytes().startswith(b"written")
+
+
+def test_a_file_on_a_read_only_file_system_is_attached_read_only(bench: Bench, run_dir: Path) -> None:
+    directory = run_dir / "shut"
+    directory.mkdir()
+    (directory / "disk").write_bytes(bytes(1 << 20))
+    read_only = bench.acquire(bench.bind(str(directory), ro=True))
+    record = bench.acquire(bench.loopback_inside(read_only, "disk"))
+    assert record.facts.detail["read_only"] is True
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_partitions_are_scanned_when_asked_for(bench: Bench, wanted: bool) -> None:
+    """Which kinds of table are known is the kernel's affair. All of them count in 512 bytes."""
+    device = device_of(bench.acquire(bench.loopback(readPartitions=wanted)))
+    assert Path(f"/sys/block/{os.path.basename(device)}/loop/partscan").read_text() == f"{int(wanted)}\n"
+    assert logical_block(device) == (512 if wanted else 4096)
+
+
+def test_a_partition_in_use_keeps_the_device(bench: Bench, run_dir: Path) -> None:
+    image = run_dir / "disk"
+    image.write_bytes(bytes(1 << 20) + images.small_image("squashfs").read_bytes())
+    record = bench.acquire(bench.loopback(path=str(image), readPartitions=True))
+    partition = add_partition(device_of(record), start=1 << 20, length=image.stat().st_size - (1 << 20))
+    user = os.open(partition, os.O_RDONLY | os.O_EXCL)
+    try:
+        with pytest.raises(Conflict):
+            bench.release(record)
+    finally:
+        os.close(user)
+    bench.release(record)
+    assert bench.observe(record) is None
+
+
+def add_partition(device: str, start: int, length: int) -> str:
+    """Partition 1 of `device`, at these bytes, as BLKPG of <linux/blkpg.h> adds one without a table."""
+    partition = ctypes.create_string_buffer(struct.pack("=qqi128x4x", start, length, 1))
+    request = struct.pack("@iiiP", BLKPG_ADD_PARTITION, 0, len(partition), ctypes.addressof(partition))
+    with open(device, "rb") as whole:
+        fcntl.ioctl(whole, BLKPG, request)
+    return f"{device}p1"
+
+
+def test_a_path_in_a_mount_never_leads_out_of_it(bench: Bench, run_dir: Path) -> None:
+    layered = bench.layered()
+    assert layered.facts.mountpoint is not None
+    inside = Path(layered.facts.mountpoint)
+    outside = run_dir / "outside.img"
+    outside.write_bytes(bytes(4096))
+    (inside / "link").symlink_to(outside)
+    with pytest.raises(Invalid, match=f"does not exist in {layered.key}"):
+        bench.acquire(bench.loopback_inside(layered, "/link"))
+    within = Path(f"{inside}{outside}")
+    within.parent.mkdir(parents=True)
+    within.write_bytes(bytes(8192))
+    record = bench.acquire(bench.loopback_inside(layered, "../../../link", ro=True))
+    assert record.facts.detail["backing"][1] == within.stat().st_ino
+
+
+def test_what_is_no_image_is_refused_with_a_remedy(bench: Bench, run_dir: Path) -> None:
+    (run_dir / "empty").touch()
+    (run_dir / "short").write_bytes(b"x")
+    (run_dir / "loop").symlink_to("loop")
+    os.mkfifo(run_dir / "fifo")
+    os.mknod(run_dir / "disk", 0o60600, os.makedev(7, 0))
+    reasons = {
+        "missing": "does not exist on this host",
+        "empty": "is empty",
+        "empty/below": "no directory",
+        "short": "less than one sector",
+        "loop": "circles",
+        "fifo": "no regular file",
+        "disk": "use the kind 'local'",
+        "": "is a directory",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(Invalid, match=reason) as refusal:
+            bench.acquire(bench.loopback(path=f"{run_dir}/{name}"))
+        assert refusal.value.fields["path"] == "$.path"
+    with pytest.raises(Invalid, match="relative"):
+        bench.acquire(bench.loopback(path="image"))
+
+
+def test_a_copy_in_another_mount_namespace_keeps_it_and_is_named(bench: Bench, run_dir: Path) -> None:
+    record = bench.acquire(bench.loopback())
+    spot = run_dir / "spot"
+    spot.mkdir()
+    mount.mount(device_of(record), str(spot), "squashfs", mount.MS_RDONLY, None)
+    with mount_namespace() as pid:
+        mount.umount(str(spot))
+        with pytest.raises(Conflict) as refusal:
+            bench.release(record)
+        assert refusal.value.fields["holders"] == [f"process {pid} (sleep)"]
+        assert bench.observe(record) is not None
+    bench.release(record)
+    assert bench.observe(record) is None
+
+
+def test_a_mount_of_it_here_is_named(bench: Bench, run_dir: Path) -> None:
+    record = bench.acquire(bench.loopback())
+    spot = run_dir / "spot"
+    spot.mkdir()
+    mount.mount(device_of(record), str(spot), "squashfs", mount.MS_RDONLY, None)
+    try:
+        with pytest.raises(Conflict) as refusal:
+            bench.release(record)
+    finally:
+        mount.umount(str(spot))
+    assert f"the mount at {os.path.realpath(spot)}" in refusal.value.fields["holders"]
+
+
+def test_a_device_that_was_given_to_another_is_left_alone(bench: Bench) -> None:
+    """As after a reboot, or when an administrator detached it by hand."""
+    record = bench.acquire(bench.loopback())
+    device = device_of(record)
+    loop.detach(device)
+    with open(images.small_image("squashfs"), "rb") as image:
+        strange = loop.attach(image.fileno(), "a stranger's", read_only=True)
+    try:
+        assert strange == device
+        assert bench.observe(record) is None
+        bench.release(record)
+        state = loop.status(device)
+        assert state is not None
+        assert state.name == "a stranger's"
+    finally:
+        loop.detach(strange)
+
+
+def test_what_it_says_for_the_planner(bench: Bench) -> None:
+    read_only, writable = bench.loopback().record, bench.loopback(ro=False).record
+    driver = bench.driver(read_only)
+    assert driver.read_only(read_only.definition)
+    assert not driver.read_only(writable.definition)
+    assert driver.identity(writable.definition) is None
+    assert not driver.forced(writable.definition)
