@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from drivers import interruptions
 from imageapi import errors, records
 from imageapi.config import Site
 from imageapi.drivers import storage_daemon
 from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import daemon
 from imageapi.drivers.qmp import Deadline, conversation, descriptor
-from imageapi.linux import loop, mount, mountinfo
+from imageapi.linux import loop, mount
 from imageapi.records import AnyRecord, Record
 from imageapi.spec import MASK, Attachment, Rbd, RbdOptions, Secret
 from lab.ceph import Cluster, free_address, wait_until
@@ -85,6 +86,10 @@ def problem(site: Site, what: Rbd) -> errors.Problem:
 
 def is_read_only(device: str) -> bool:
     return Path(f"/sys/block/{Path(device).name}/ro").read_text() == "1\n"
+
+
+def assert_nothing_left(site: Site, when: str) -> None:
+    assert (os.listdir(site.helpers_dir), loop.marked(site.mark_prefix)) == ([], {}), when
 
 
 def daemons(site: Site) -> dict[str, int]:
@@ -190,7 +195,7 @@ def test_the_second_messenger_and_its_options(site: Site, ceph: Cluster, image: 
         "ms_mode": "secure", "nocrc": True, "noshare": True, "read_from_replica": "localize",
         "crush_location": "host:h1|rack:r1", "compression_hint": "compressible", "mount_timeout": 5,
         "rxbounce": True, "noudev": True, "notrim": True,
-    }  # fmt: skip
+    }
     with attached(site, record(definition(ceph, image, **chosen))) as device:
         assert Path(device).read_bytes() == ceph.read_image(image)
 
@@ -402,15 +407,31 @@ def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
     assert os.listdir(site.helpers_dir) == []
 
 
-def test_what_a_caller_gave_up_is_swept_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
-    """A caller killed while the daemon opens its image leaves a node that no file names."""
-    first, second = (record(definition(ceph, image), number) for number in range(2))
-    with attached(site, first), attached(site, record(definition(ceph, image), 2)):
-        loop.detach(loop.marked(site.mark(first.key))[site.mark(first.key)])
-        directory = os.path.dirname(storage_daemon.export_path(site, first.key))
-        os.unlink(f"{directory}/daemon")
-        with attached(site, second):
-            assert not mountinfo.at(f"{directory}/export")
+def test_an_attach_killed_at_any_step_is_undone_from_its_record(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    for step in interruptions.deaths(lambda: DRIVER.acquire(what, [], site)):
+        DRIVER.release(what, site)
+        assert_nothing_left(site, f"after death at step {step}")
+    DRIVER.release(what, site)
+
+
+def test_an_attach_that_fails_at_any_step_leaves_nothing(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    for step, failed in interruptions.errors(lambda: DRIVER.acquire(what, [], site)):
+        if not failed:
+            DRIVER.release(what, site)
+        assert_nothing_left(site, f"after an error at step {step}")
+    DRIVER.release(what, site)
+
+
+def test_a_detach_killed_at_any_step_is_finished_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    DRIVER.acquire(what, [], site)
+    for step in interruptions.deaths(lambda: DRIVER.release(what, site)):
+        DRIVER.release(what, site)
+        assert_nothing_left(site, f"after death at step {step}")
+        DRIVER.acquire(what, [], site)
+    DRIVER.release(what, site)
 
 
 # ------------------------------------------------------------------------------------------- the secret

@@ -205,7 +205,7 @@ class Cluster:
         return subprocess.run(
             ["rbd", "-c", self.conf, "export", "--no-progress", f"{pool}/{name}", "-"],
             check=True, capture_output=True, timeout=120,
-        ).stdout  # fmt: skip
+        ).stdout
 
     def snapshot(self, image: str, name: str, pool: str = "rbd", protect: bool = False) -> None:
         """Take the snapshot `name` of `image`."""
@@ -249,7 +249,7 @@ class Cluster:
         _run(
             "ceph-mon", "-c", self.conf, "-i", "a", "--mkfs",
             "--monmap", self._path("monmap"), "--keyring", self._path("mon.keyring"),
-        )  # fmt: skip
+        )
 
     def _make_keyrings(self) -> None:
         everything = ("--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *")
@@ -276,7 +276,7 @@ class Cluster:
         return subprocess.Popen(
             [*command, "-c", self.conf, "-f"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-        )  # fmt: skip
+        )
 
     def _end(self, name: str, number: int) -> None:
         process = self._daemons.pop(name, None)

@@ -90,7 +90,7 @@ def test_the_kernel_gets_its_own_words() -> None:
     )
     assert sorted(options.kernel_words(chosen)) == [
         "_pool_ns=ns", "cephx_require_signatures", f"mount_timeout={options.CONNECT_TIMEOUT}", "name=me", "ro",
-    ]  # fmt: skip
+    ]
 
 
 def test_no_options_at_all_mean_client_admin() -> None:
@@ -125,7 +125,7 @@ def test_the_first_messenger_cannot_be_demanded_of_librados() -> None:
 
 
 @pytest.mark.parametrize(("asked", "given"), [(None, options.CONNECT_TIMEOUT), (0, options.CONNECT_TIMEOUT), (3, 3),
-                                              (600, options.CONNECT_TIMEOUT)])  # fmt: skip
+                                              (600, options.CONNECT_TIMEOUT)])
 def test_connecting_never_takes_longer_than_the_answer_may(asked: int | None, given: int) -> None:
     assert options.connect_timeout(RbdOptions(mount_timeout=asked)) == given
 

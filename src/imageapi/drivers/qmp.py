@@ -7,8 +7,10 @@ directory, because the path of a run directory may be longer than a socket's nam
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -47,12 +49,15 @@ class Deadline:
 
 
 class Qmp:
-    """A conversation with a daemon that has been greeted."""
+    """A conversation with a daemon that has been greeted. Its commands carry ids of their own, because the answer to a
+    caller that was killed comes to the next one."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._socket = connection
         self._deadline = deadline
         self._received = b""
+        self._name = secrets.token_hex(8)
+        self._count = itertools.count()
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """The answer to `command`; a `_` in an argument's name stands for QEMU's `-`.
@@ -60,19 +65,20 @@ class Qmp:
         Raises: QmpError; TimeoutError; ConnectionError when the daemon ended.
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
-        message = json.dumps({"execute": command, "arguments": words}, default=_reveal)
+        own = f"{self._name}-{next(self._count)}"
+        message = json.dumps({"execute": command, "arguments": words, "id": own}, default=_reveal)
         self._socket.settimeout(self._deadline.left())
         self._socket.sendall(message.encode() + b"\n")
-        while True:
-            answer = self._receive()
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise QmpError(answer["error"]["desc"])
+        while (answer := self._receive()).get("id") != own:
+            pass
+        if "error" in answer:
+            raise QmpError(answer["error"]["desc"])
+        return answer["return"]
 
     def greet(self) -> None:
         """The opening that QMP demands before any other command."""
-        self._receive()
+        while "QMP" not in self._receive():
+            pass
         self.execute("qmp_capabilities")
 
     def _receive(self) -> dict[str, Any]:

@@ -58,19 +58,26 @@ class Source(NamedTuple):
 
 
 def export(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
-    """Make the image a file and return its path. Leaves nothing when it fails.
+    """Make the image a file and return its path. Leaves nothing when it fails, unless its daemon hangs and serves
+    others too: then `withdraw` has to be called until it succeeds.
 
-    Raises: QmpError in QEMU's words; TimeoutError; errors.Unsupported without the program.
+    Raises: QmpError in QEMU's words; TimeoutError; ConnectionError when the daemon ended; errors.Unsupported without
+    the program.
     """
-    with _joined(site, key, source.group, deadline) as daemon, contextlib.ExitStack() as undo:
-        undo.callback(_leave, site, key, daemon)
-        daemon.ensure_running(deadline)
-        with daemon.conversation(deadline) as qmp:
-            _sweep(daemon, qmp, deadline)
+    with contextlib.ExitStack() as undo:
+        undo.callback(_give_up, site, key)
+        with _joined(site, key, source.group, deadline) as daemon:
+            daemon.ensure_running(deadline)
             _write_files(site, key, source)
-            _open(qmp, _node(site, _directory(key)), export_path(site, key), source)
+            with daemon.conversation(deadline) as qmp:
+                _open(qmp, _node(site, key), export_path(site, key), source)
         undo.pop_all()
     return export_path(site, key)
+
+
+def _give_up(site: Site, key: Key) -> None:
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        withdraw(site, key, Deadline(QUIT_TIMEOUT), expendable=True)
 
 
 def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
@@ -81,11 +88,12 @@ def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> N
     """
     name = _daemon_of(site, key)
     if name is None:
-        _remove_export(site, key)
+        _unmount_export(site, key)
+        _remove_directory(site, key)
         return
     with _locked(site, name, deadline) as daemon:
         try:
-            daemon.close(_node(site, _directory(key)), deadline)
+            daemon.close(_node(site, key), deadline)
         except TimeoutError:
             if not expendable or daemon.members() != [_directory(key)]:
                 raise
@@ -140,10 +148,6 @@ class Daemon:
         helpers = self._site.helpers_dir
         return [entry for entry in os.listdir(helpers) if _link(f"{helpers}/{entry}") == self._name]
 
-    def nodes(self) -> set[str]:
-        """The names of its members' nodes."""
-        return {_node(self._site, member) for member in self.members()}
-
     def conversation(self, deadline: Deadline) -> contextlib.AbstractContextManager[Qmp]:
         """Talk to it."""
         return conversation(self._directory, "qmp", deadline)
@@ -169,7 +173,7 @@ class Daemon:
             done = subprocess.run(
                 command, cwd=self.path, env=environment, umask=0o077, timeout=deadline.left(),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+            )
         except FileNotFoundError:
             raise Unsupported(f"this host has no {PROGRAM}: install {PACKAGES}") from None
         except subprocess.TimeoutExpired:
@@ -270,32 +274,41 @@ def _add_node(qmp: Qmp, node: str, source: Source) -> None:
     if source.secret is None:
         qmp.execute("blockdev-add", **arguments)
         return
+    _drop_secret(qmp)
     qmp.execute("object-add", qom_type="secret", id=SECRET_ID, data=source.secret, format="base64")
     try:
         qmp.execute("blockdev-add", **arguments, key_secret=SECRET_ID)
     finally:
-        qmp.execute("object-del", id=SECRET_ID)
+        _drop_secret(qmp)
 
 
 def _close(qmp: Qmp, node: str, deadline: Deadline) -> None:
-    def has_no_export() -> bool:
-        return all(export["id"] != node for export in qmp.execute("query-block-exports"))
+    """Take away the export and the node. A caller that was killed may have given the same commands, which the daemon
+    still carries out beside ours: an error counts only if the thing is there afterwards."""
 
-    if not has_no_export():
-        qmp.execute("block-export-del", id=node, mode="hard")
-        deadline.wait(has_no_export)
-    if any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True)):
-        qmp.execute("blockdev-del", node_name=node)
+    def has_export() -> bool:
+        return any(export["id"] == node for export in qmp.execute("query-block-exports"))
+
+    def has_node() -> bool:
+        return any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True))
+
+    _drop_secret(qmp)
+    if has_export():
+        with contextlib.suppress(QmpError):
+            qmp.execute("block-export-del", id=node, mode="hard")
+        deadline.wait(lambda: not has_export())
+    if has_node():
+        try:
+            qmp.execute("blockdev-del", node_name=node)
+        except QmpError:
+            if has_node():
+                raise
 
 
-def _sweep(daemon: Daemon, qmp: Qmp, deadline: Deadline) -> None:
-    """Let go of what the daemon still got done for a caller that had given up."""
+def _drop_secret(qmp: Qmp) -> None:
+    """Normally there is none; a caller that was killed while the image was opened leaves it."""
     with contextlib.suppress(QmpError):
         qmp.execute("object-del", id=SECRET_ID)
-    members = daemon.nodes()
-    for node in qmp.execute("query-named-block-nodes", flat=True):
-        if node["node-name"] not in members:
-            _close(qmp, node["node-name"], deadline)
 
 
 # ----------------------------------------------------------------------------------------- files and locks
@@ -303,15 +316,25 @@ def _sweep(daemon: Daemon, qmp: Qmp, deadline: Deadline) -> None:
 
 @contextlib.contextmanager
 def _joined(site: Site, key: Key, group: str, deadline: Deadline) -> Iterator[Daemon]:
-    """The first daemon of the group that has room, locked, with `key` as a member."""
+    """The first daemon of the group that has room, locked, with `key` as a member. Membership comes first: nothing of
+    a daemon is ever there that no member would find. So two that come for the last place may both be counted, and one
+    of them moves on."""
     for number in itertools.count():
-        with _locked(site, f"daemon-{group}-{number}", deadline) as daemon:
-            if len(daemon.members()) < LIMIT:
-                directory = f"{site.helpers_dir}/{_directory(key)}"
-                _make_directory(site, directory)
-                os.symlink(f"../daemon-{group}-{number}", f"{directory}/daemon")
+        name = f"daemon-{group}-{number}"
+        _become_member(site, key, name)
+        with _locked(site, name, deadline) as daemon:
+            if len(daemon.members()) <= LIMIT:
                 yield daemon
                 return
+
+
+def _become_member(site: Site, key: Key, daemon: str) -> None:
+    _make_directory(site, f"{site.helpers_dir}/{_directory(key)}")
+    new = private_path(site, key, "daemon.new")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    os.symlink(f"../{daemon}", new)
+    os.rename(new, private_path(site, key, "daemon"))
 
 
 @contextlib.contextmanager
@@ -352,13 +375,15 @@ def _try_flock(descriptor: int) -> bool:
 
 
 def _leave(site: Site, key: Key, daemon: Daemon) -> None:
-    _remove_export(site, key)
-    if not daemon.members():
+    """The member's own directory goes last: as long as it is there, this can be done again."""
+    _unmount_export(site, key)
+    if daemon.members() == [_directory(key)]:
         daemon.end()
+    _remove_directory(site, key)
 
 
-def _remove_export(site: Site, key: Key) -> None:
-    """Take away the image's file, and the mount that a dead daemon left on it.
+def _unmount_export(site: Site, key: Key) -> None:
+    """Take away the mount that a dead daemon left on the image's file.
 
     Raises: errors.Conflict.
     """
@@ -368,8 +393,11 @@ def _remove_export(site: Site, key: Key) -> None:
             mount.umount(path, mount.UMOUNT_NOFOLLOW)
     except OSError as error:
         raise Conflict(f"the storage daemon's file of {key} is still in use", detail=str(error)) from error
+
+
+def _remove_directory(site: Site, key: Key) -> None:
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(os.path.dirname(path))
+        shutil.rmtree(f"{site.helpers_dir}/{_directory(key)}")
 
 
 def _make_directory(site: Site, path: str) -> None:
@@ -382,9 +410,9 @@ def _directory(key: Key) -> str:
     return f"{key.collection}-{key.id}"
 
 
-def _node(site: Site, directory: str) -> str:
+def _node(site: Site, key: Key) -> str:
     """QEMU allows 31 letters, digits, '-', '.' and '_', and a letter first."""
-    return f"i{site.instance}-{directory}"
+    return f"i{site.instance}-{_directory(key)}"
 
 
 def _daemon_of(site: Site, key: Key) -> str | None:

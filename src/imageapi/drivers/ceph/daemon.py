@@ -146,6 +146,8 @@ def _explained(definition: Rbd) -> Iterator[None]:
         raise explain(str(error), definition) from None
     except TimeoutError:
         raise _silent(definition) from None
+    except ConnectionError as error:
+        raise Problem("the storage daemon ended while it was asked: ask again", detail=str(error)) from None
 
 
 def explain(words: str, definition: Rbd) -> Problem:

@@ -28,7 +28,7 @@ GRACE = 0.1
 BANNERS = {b"ceph v2\n": "v2", b"ceph v0": "v1"}
 """How each messenger begins, and the name Ceph's addresses have for it."""
 
-_BRACKETED = re.compile(r"\[(?P<host>[0-9A-Fa-f:.%\w]+)\](?::(?P<port>\d+))?")
+_BRACKETED = re.compile(r"\[(?P<host>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\](?::(?P<port>\d+))?")
 _PLAIN = re.compile(r"(?P<host>[A-Za-z0-9._-]+)(?::(?P<port>\d+))?")
 _BARE_V6 = re.compile(r"(?P<host>[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)(?P<port>)")
 
@@ -86,7 +86,8 @@ def resolve(monitors: Sequence[Monitor]) -> list[tuple[str, int]]:
     found: dict[tuple[str, int], None] = {}
     for monitor in monitors:
         with contextlib.suppress(socket.gaierror):
-            for *_, address in socket.getaddrinfo(monitor.host, monitor.port, type=socket.SOCK_STREAM):
+            # As bytes: for a str Python loads its IDNA codec first, several milliseconds in every new worker.
+            for *_, address in socket.getaddrinfo(monitor.host.encode(), monitor.port, type=socket.SOCK_STREAM):
                 found[str(address[0]), int(address[1])] = None
     if not found:
         raise Invalid(f"no monitor's name is known here: {names(monitors)}", path="$.monitors")
