@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -17,14 +18,14 @@ from typing import NamedTuple
 import msgspec
 
 from imageapi import errors
-from imageapi.linux import cgroup, namespaces, pidfd
+from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import entries, init, output
+from imageapi.runtime.child import Child, bear
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop, Timer
 from imageapi.runtime.protocol import Answer, Ended, Failed, Life, Start, Started
 
-FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
 REAPING = 10.0
 """Seconds that the end of a process which is not our child may stay unreaped, until its exit code is given up."""
 EBUSY_PAUSE, EBUSY_TRIES = 0.02, 100
@@ -44,8 +45,7 @@ class Surroundings(NamedTuple):
     instance: str
     hierarchies: Sequence[tuple[cgroup.Hierarchy, int]]
     freezer: int | None
-    ignored: Sequence[int]
-    adjust_oom: bool
+    inheritance: init.Inheritance
 
     def group(self, container: int, attempt: int) -> str:
         """The name of a container's cgroups."""
@@ -86,26 +86,42 @@ class Container:
 
     # -------------------------------------------------------------------------------------------------- a start
 
-    def start(self, order: Start, root: int, answer: Callable[[Answer], None]) -> None:
-        """Have a child become the container; `answer` is called when it has, or has failed to.
+    def start(self, order: Start, root: int, spare: Child | None, answer: Callable[[Answer], None]) -> None:
+        """Have a child become the container, `spare` if it is of use; `answer` is called when it has, or has failed to.
 
-        Raises: OSError, when there is no child; nothing is left then.
+        Raises: OSError, errors.Problem, when there is no child; nothing is left then.
         """
         self._answer = answer
+        orders = init.Orders(order, self._around.uuid(order.id), self._around.group(order.id, order.attempt))
         with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
             self._output = output.make(self._around.directory, order.id)
             undo.callback(output.remove, self._around.directory, order.id)
             undo.callback(os.close, self._output)
-            host = self._open_host(f"{order.id}.{order.attempt}", passing, undo) if order.systemd else None
-            group, born_in = self._make_group(order, passing, undo) if order.systemd else ("", None)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            passing.callback(theirs.close)
-            undo.callback(ours.close)
-            pid, self._pidfd = namespaces.clone(FLAGS, born_in)
-            if pid == 0:
-                init.run(order, self._inheritance(order, root, theirs, ours, group, host))
+            if order.systemd:
+                host = self._open_host(f"{order.id}.{order.attempt}", passing, undo)
+                child = bear(self._around.inheritance, self._make_group(orders.group, passing, undo))
+                child.order(orders, (root, host))
+            else:
+                child = self._order_spare(spare, orders, root) or self._order_new(orders, root)
             undo.pop_all()
-        self._begin(order, pid, ours, group)
+        self._begin(order, child, orders.group)
+
+    @staticmethod
+    def _order_spare(spare: Child | None, orders: init.Orders, root: int) -> Child | None:
+        """The spare, if there is one and it lives."""
+        if spare is None:
+            return None
+        try:
+            spare.order(orders, (root,))
+        except OSError:
+            spare.dismiss()
+            return None
+        return spare
+
+    def _order_new(self, orders: init.Orders, root: int) -> Child:
+        child = bear(self._around.inheritance)
+        child.order(orders, (root,))
+        return child
 
     def _open_host(self, name: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
         """The directory that systemd gets to notify us, as a tree."""
@@ -116,57 +132,36 @@ class Container:
         passing.callback(os.close, host)
         return host
 
-    def _make_group(
-        self, order: Start, passing: contextlib.ExitStack, undo: contextlib.ExitStack
-    ) -> tuple[str, int]:
-        """The name of the container's groups, and a descriptor of the one in which it is born."""
-        group = self._around.group(order.id, order.attempt)
+    def _make_group(self, group: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
+        """A descriptor of the cgroup2 group in which systemd is born."""
         for hierarchy, directory in self._around.hierarchies:
             if hierarchy.is_v2:
                 cgroup.make(directory, group)
                 undo.callback(cgroup.remove, directory, group)
                 born_in = os.open(group, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
                 passing.callback(os.close, born_in)
-                return group, born_in
+                return born_in
         raise errors.Unsupported("systemd needs cgroup2, which is not mounted on this host; mount it, and start again")
 
-    def _inheritance(
-        self, order: Start, root: int, theirs: socket.socket, ours: socket.socket, group: str, host: int | None
-    ) -> init.Inheritance:
-        around = self._around
-        return init.Inheritance(
-            root=root,
-            tie=theirs,
-            supervisors_tie=ours,
-            directory=around.directory,
-            logs=around.logs,
-            group=group,
-            groups=[directory for hierarchy, directory in around.hierarchies if not hierarchy.is_v2],
-            host=host,
-            uuid=around.uuid(order.id),
-            ignored=around.ignored,
-            adjust_oom=around.adjust_oom,
-        )
-
-    def _begin(self, order: Start, pid: int, tie: socket.socket, group: str) -> None:
-        """There is a child: put it on disk, open its gate, and watch it."""
+    def _begin(self, order: Start, child: Child, group: str) -> None:
+        """A child has its orders: put it on disk, open its gate, and watch it."""
         self._ours = True
-        self._tie = tie
-        started = pidfd.start_time(pid)
-        groups = [f"{hierarchy.directory}/{group}" for hierarchy, _ in self._around.hierarchies] if group else []
+        self._pidfd, self._tie = child.pidfd, child.tie
+        groups = [f"{one.directory}/{group}" for one, _ in self._around.hierarchies] if order.systemd else []
         self.entry = Entry(
-            life=Life(id=order.id, attempt=order.attempt, pid=pid, start_time=started or 0),
+            life=Life(id=order.id, attempt=order.attempt, pid=child.pid, start_time=_ticks()),
             boot_id=self._around.boot_id,
+            born=child.born,
             inode=pidfd.inode(self._pidfd),
             logfile=order.logfile,
             groups=groups,
         )
         self._watch()
-        self._around.loop.watch(tie.fileno(), self._on_tie)
+        self._around.loop.watch(self._tie.fileno(), self._on_tie)
         self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
         try:
             entries.save(self._around.directory, self.entry)
-            tie.send(OPEN_GATE)
+            self._tie.send(OPEN_GATE)
         except OSError as error:
             if not isinstance(error, BrokenPipeError):  # that one has failed by itself, and said why
                 self._fail(errors.from_oserror(error, "noting the container's process"))
@@ -375,7 +370,7 @@ def _open_same(entry: Entry) -> int | None:
         found = pidfd.pidfd_open(entry.life.pid)
     except ProcessLookupError:
         return None
-    if pidfd.start_time(entry.life.pid) == entry.life.start_time and pidfd.inode(found) == entry.inode:
+    if pidfd.start_time(entry.life.pid) == entry.born and pidfd.inode(found) == entry.inode:
         return found
     os.close(found)
     return None
@@ -385,6 +380,11 @@ def _exit_code(status: int) -> int:
     """An exit code as the API shows it, from a wait status."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _ticks() -> int:
+    """Clock ticks since the boot, as proc_pid_stat(5) counts them."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def _now() -> str:

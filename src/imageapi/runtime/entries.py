@@ -16,12 +16,14 @@ SUFFIX = ".json"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A life, and how to know its process again. `inode` is its pidfd's, where pidfds have one of their own. `groups`
-    are the directories of its cgroups, for systemd."""
+    """A life, and how to know its process again: `born` is its start time, which may be long before it executed the
+    command, and `inode` its pidfd's, where pidfds have one of their own. `groups` are the directories of its cgroups,
+    for systemd."""
 
     life: Life
     boot_id: str
     logfile: str
+    born: int
     inode: int | None = None
     groups: list[str] = []
 

@@ -1,8 +1,9 @@
 """The first process of a container, from its clone to its exec.
 
-It is in namespaces of its own and makes its root in them; nothing it does outlives it, so that one whose supervisor
-dies meanwhile has only to end, which it does at the gate. Once the image is its root, no descriptor of the host's is
-left but the log, the tie to the supervisor, and what a step hands over: no symbolic link of the image's leads out.
+It is in namespaces of its own, waits for its orders and makes its root; nothing it does outlives it, so that one whose
+supervisor dies meanwhile has only to end, which it does at the gate. Once the image is its root, no descriptor of the
+host's is left but the log, the tie to the supervisor, and what a step hands over: no symbolic link of the image's
+leads out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from imageapi.linux.mount import (
     umount,
 )
 from imageapi.runtime import command, layout, logs, output
-from imageapi.runtime.protocol import Start
+from imageapi.runtime.protocol import MESSAGE, Start
 from imageapi.runtime.steps import Step
 
 NOT_EXECUTED = 127
@@ -52,37 +53,44 @@ limit on locked memory, which RDMA needs."""
 
 
 class Inheritance(NamedTuple):
-    """What the first process has of its supervisor.
+    """What the first process has of its supervisor: descriptors of the supervisor's directory, of the logs, and of the
+    version 1 hierarchies in which it makes groups for systemd; the signals the supervisor does not take; and whether
+    the kernel was told to spare or to prefer it when memory runs out."""
 
-    `tie`: its end of the pair whose other end, `supervisors_tie`, holds the gate and waits for the exec.
-    `groups`: the hierarchies' directories in which it makes a group called `group` and enters it.
-    `host`: the tree for layout.HOST, for systemd. `ignored`: the signals the supervisor does not take.
-    """
-
-    root: int
-    tie: socket.socket
-    supervisors_tie: socket.socket
     directory: int
     logs: int
-    group: str
     groups: Sequence[int]
-    host: int | None
-    uuid: str
     ignored: Sequence[int]
     adjust_oom: bool
 
 
-def run(order: Start, given: Inheritance) -> NoReturn:
-    """Become the container's command, or end and say why over the tie. Never returns, whatever happens."""
+class Orders(msgspec.Struct, frozen=True):
+    """What it is to become. With them come the root's tree, and for systemd that for layout.HOST. `group` is the name
+    of its cgroups."""
+
+    start: Start
+    uuid: str
+    group: str
+
+
+_decode = msgspec.json.Decoder(Orders).decode
+
+
+def run(tie: socket.socket, given: Inheritance) -> NoReturn:
+    """Become the command that is ordered over `tie`, or end and say why. Never returns, whatever happens."""
     try:
-        given.supervisors_tie.close()  # or the gate would not open when the supervisor dies
-        _become(order, given)
+        process.close_all_but(tie.fileno(), given.directory, given.logs, *given.groups)
+        process.name("imageapi-child")
+        _forget_supervisor(given)
+        orders, descriptors, _, _ = socket.recv_fds(tie, MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        if orders:
+            _become(_decode(orders), tie, given, *descriptors)
     except errors.Problem as problem:
-        _report(given.tie, problem)
+        _report(tie, problem)
     except OSError as error:
-        _report(given.tie, errors.from_oserror(error, "starting the container"))
+        _report(tie, errors.from_oserror(error, "starting the container"))
     except BaseException as bug:
-        _report(given.tie, errors.Problem(f"the start met a bug: {bug!r}"))
+        _report(tie, errors.Problem(f"the start met a bug: {bug!r}"))
         raise
     finally:
         os._exit(NOT_EXECUTED)
@@ -92,40 +100,38 @@ def _report(tie: socket.socket, problem: errors.Problem) -> None:
     tie.send(msgspec.json.encode(problem.to_dict()))
 
 
-def _become(order: Start, given: Inheritance) -> NoReturn:
+def _become(orders: Orders, tie: socket.socket, given: Inheritance, root: int, host: int | None = None) -> NoReturn:
+    order = orders.start
     log = logs.open_log(order.logfile, given.logs)
     output.attach(given.directory, order.id)
-    _enter_groups(given)
-    mount_setattr(given.root, "", propagation=MS_PRIVATE, recursive=True)
+    if host is not None:
+        _enter_groups(given.groups, orders.group)
+    mount_setattr(root, "", propagation=MS_PRIVATE, recursive=True)
     _say(log, "making all mounts private")
-    if given.adjust_oom:
-        _write("/proc/self/oom_score_adj", "0")
-    _change_root(given.root)
-    process.close_all_but(given.tie.fileno(), log, *(() if given.host is None else (given.host,)))
+    _change_root(root)
+    process.close_all_but(tie.fileno(), log, *(() if host is None else (host,)))
     if order.hostname:
         namespaces.sethostname(order.hostname)
     _say(log, "preparing image")
-    os.umask(0)
-    for step in layout.plan(given.host):
+    for step in layout.plan(host):
         _carry_out(step, log)
-    _forget_supervisor(given.ignored)
+    _open_null()
+    os.umask(0o022)
     _say(log, "executing init")
     os.close(log)
-    _pass_gate(given.tie)
-    _execute(order, layout.environment(systemd=order.systemd, uuid=given.uuid))
+    _pass_gate(tie)
+    _execute(order, layout.environment(systemd=order.systemd, uuid=orders.uuid))
 
 
 def _say(log: int, text: str) -> None:
     os.write(log, logs.line("init", text))
 
 
-def _enter_groups(given: Inheritance) -> None:
+def _enter_groups(hierarchies: Sequence[int], name: str) -> None:
     """Be in a group of one's own in every hierarchy, and see it as their root."""
-    if given.host is None:
-        return
-    for directory in given.groups:
-        cgroup.make(directory, given.group)
-        cgroup.enter(directory, given.group)
+    for directory in hierarchies:
+        cgroup.make(directory, name)
+        cgroup.enter(directory, name)
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
 
 
@@ -148,20 +154,27 @@ def _carry_out(step: Step, log: int) -> None:
         _say(log, told)
 
 
-def _forget_supervisor(ignored: Sequence[int]) -> None:
-    """Take on what a process has that nobody has changed anything for."""
-    stdin = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(stdin, 0)
-    os.close(stdin)
+def _forget_supervisor(given: Inheritance) -> None:
+    """Take on what a process has that nobody has changed anything for; but the umask, for now, gives nodes the modes
+    they are made with."""
+    os.umask(0)
     os.setsid()
     os.setgroups([])
     os.setpriority(os.PRIO_PROCESS, 0, 0)
+    if given.adjust_oom:
+        _write("/proc/self/oom_score_adj", "0")
     for limit, (soft, hard) in LIMITS:
         _limit(limit, soft, hard)
-    for number in ignored:
+    for number in given.ignored:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.umask(0o022)
+
+
+def _open_null() -> None:
+    """No input: the container's own null device."""
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def _limit(limit: int, soft: int, hard: int) -> None:

@@ -81,7 +81,8 @@ class Quit(Message, frozen=True):
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """One start of a container. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
+    """One start of a container. `start_time` is when it was made, in clock ticks since the boot: its process, which
+    waited for it, may be older. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
     `finished_at` is RFC 3339 in UTC."""
 
     id: int
@@ -101,7 +102,7 @@ class Welcome(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
-    """`pid` is the host's number of the first process, `start_time` in clock ticks since the boot."""
+    """`pid` is the host's number of the first process; `start_time` as in Life."""
 
     id: int
     attempt: int

@@ -25,8 +25,10 @@ from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import cgroup, process
 from imageapi.runtime import entries, protocol
+from imageapi.runtime.child import Child, bear
 from imageapi.runtime.container import Container, Surroundings
 from imageapi.runtime.entries import Entry
+from imageapi.runtime.init import Inheritance
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop
 from imageapi.runtime.protocol import (
@@ -108,16 +110,23 @@ def _work(site: Site) -> None:
 def _surroundings(site: Site) -> Surroundings:
     """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
     freezer = cgroup.freezer()
+    directory, log_directory = os.open(site.supervisor_dir, _DIRECTORY), os.open(site.logs_dir, _DIRECTORY)
+    hierarchies = [(one, os.open(one.directory, _DIRECTORY)) for one in cgroup.hierarchies()]
     return Surroundings(
-        directory=os.open(site.supervisor_dir, _DIRECTORY),
-        logs=os.open(site.logs_dir, _DIRECTORY),
+        directory=directory,
+        logs=log_directory,
         loop=Loop(),
         boot_id=_read("/proc/sys/kernel/random/boot_id"),
         instance=site.instance,
-        hierarchies=[(one, os.open(one.directory, _DIRECTORY)) for one in cgroup.hierarchies()],
+        hierarchies=hierarchies,
         freezer=None if freezer is None else os.open(freezer, _DIRECTORY),
-        ignored=[number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN],
-        adjust_oom=_read("/proc/self/oom_score_adj") != "0",
+        inheritance=Inheritance(
+            directory=directory,
+            logs=log_directory,
+            groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
+            ignored=[number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN],
+            adjust_oom=_read("/proc/self/oom_score_adj") != "0",
+        ),
         keep=Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor"),
     )
 
@@ -165,6 +174,7 @@ class Supervisor:
         self._listener = listener
         self._clients: set[Client] = set()
         self._containers: dict[int, Container] = {}
+        self._spare: Child | None = None
         self._verbs: dict[type[Any], Callable[[Any], Answer]] = {
             Hello: self._hello,
             List: self._list,
@@ -194,6 +204,7 @@ class Supervisor:
         """Serve until somebody says Quit, or nobody is left to serve."""
         self._loop.watch(self._listener.fileno(), self._accept)
         self._loop.after(FIRST_CLIENT, self._rest)
+        self._bear_spare()
         self._loop.run()
 
     def _running(self) -> list[int]:
@@ -204,7 +215,15 @@ class Supervisor:
         if not self._clients and not self._running():
             self._end()
 
+    def _bear_spare(self) -> None:
+        """Have a child in waiting for the next start; without one that takes longer."""
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = bear(self._around.inheritance)
+
     def _end(self) -> None:
+        if self._spare is not None:
+            self._spare.dismiss()
         os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
         self._around.keep.remove()
         self._loop.stop()
@@ -284,8 +303,17 @@ class Supervisor:
         if found is not None and found.life.running:
             raise errors.Conflict(f"container {order.id} has a process already: {found.life.pid}")
         container = Container(self._around, self._on_ended)
-        container.start(order, descriptors[0], lambda answer: client.tell(number, answer))
+        spare, self._spare = (None, self._spare) if order.systemd else (self._spare, None)
+        try:
+            container.start(order, descriptors[0], spare, lambda answer: self._on_started(client, number, answer))
+        except BaseException:
+            self._bear_spare()
+            raise
         self._containers[order.id] = container
+
+    def _on_started(self, client: Client, number: int, answer: Answer) -> None:
+        client.tell(number, answer)
+        self._loop.after(0, self._bear_spare)
 
     def _list(self, order: List) -> Answer:
         found = sorted(number for number in self._containers if number > order.above)
