@@ -46,6 +46,9 @@ class Driver:
         hosts = tuple(sorted({monitor.host for monitor in parsed}))
         return hosts, definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""
 
+    def forced(self, definition: Rbd) -> bool:
+        return definition.options.force
+
     def store(self, definition: Rbd) -> str:
         return monitors.store(definition.monitors)
 
