@@ -1,0 +1,218 @@
+"""Loop devices, and what the kernel does with them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from imageapi.linux import loop, mount
+from lab import images
+from lab.elsewhere import mount_namespace
+from linux.conftest import Attach
+
+pytestmark = pytest.mark.kernel
+
+
+def state_of(device: str) -> loop.Status:
+    state = loop.status(device)
+    assert state is not None
+    return state
+
+
+def test_the_name_comes_back(attach: Attach) -> None:
+    device = attach(name="imageapi:00000000:attach/7")
+    image = images.small_image("squashfs").stat()
+    state = state_of(device)
+    assert state.name == "imageapi:00000000:attach/7"
+    assert state.backing == (image.st_dev, image.st_ino)
+    assert state.read_only
+    assert loop.backing_path(device) == str(images.small_image("squashfs").resolve())
+
+
+def test_a_name_has_at_most_63_bytes(attach: Attach) -> None:
+    assert state_of(attach(name="n" * 63)).name == "n" * 63
+    with pytest.raises(OSError, match="63 bytes") as refusal:
+        attach(name="n" * 64)
+    assert refusal.value.errno == errno.ENAMETOOLONG
+
+
+def test_marked_finds_what_begins_with_the_prefix(attach: Attach) -> None:
+    prefix = f"imageapi:{os.getpid():x}"
+    first, second = attach(name=f"{prefix}:1"), attach(name=f"{prefix}:12")
+    attach(name="another")
+    assert loop.marked(prefix) == {f"{prefix}:1": first, f"{prefix}:12": second}
+
+
+def test_marked_does_not_look_at_the_files_it_is_to_skip(attach: Attach, run_dir: Path) -> None:
+    (run_dir / "there").mkdir()
+    shutil.copyfile(images.small_image("squashfs"), run_dir / "there/image")
+    prefix = f"imageapi:{os.getpid():x}"
+    seen = attach(name=f"{prefix}:seen")
+    attach(run_dir / "there/image", name=f"{prefix}:skipped")
+    assert loop.marked(prefix, skip=os.path.realpath(run_dir / "there")) == {f"{prefix}:seen": seen}
+
+
+def test_direct_io_saves_the_second_copy(attach: Attach) -> None:
+    device = attach()
+    assert state_of(device).direct_io
+    loop.set_direct_io(device, False)
+    assert not state_of(device).direct_io
+    assert not state_of(attach(direct_io=False)).direct_io
+
+
+def test_a_file_that_cannot_do_direct_io_is_attached_all_the_same(attach: Attach, spot: Path) -> None:
+    """A squashfs has none."""
+    outer = attach()
+    mount.mount(outer, str(spot), "squashfs", mount.MS_RDONLY, None)
+    try:
+        device = attach(spot / "bin/busybox")
+        assert not state_of(device).direct_io
+        loop.detach(device)
+    finally:
+        mount.umount(str(spot))
+
+
+@pytest.mark.parametrize("block", [512, 4096])
+def test_the_block_size_is_what_was_asked_for(attach: Attach, block: int) -> None:
+    name = os.path.basename(attach(block_size=block))
+    assert Path(f"/sys/block/{name}/queue/logical_block_size").read_text() == f"{block}\n"
+
+
+def test_large_blocks_break_a_file_system_with_small_ones(attach: Attach, spot: Path) -> None:
+    """The small ext4 has blocks of 1 KiB."""
+    device = attach(images.small_image("ext4"), block_size=4096)
+    with pytest.raises(OSError, match="Invalid argument"):
+        mount.mount(device, str(spot), "ext4", mount.MS_RDONLY, None)
+    mount.mount(attach(images.small_image("ext4")), str(spot), "ext4", mount.MS_RDONLY, None)
+    mount.umount(str(spot))
+
+
+def test_many_at_once_get_a_device_each(attach: Attach) -> None:
+    """LOOP_CTL_GET_FREE offers all of them the same one."""
+    with ThreadPoolExecutor(16) as pool:
+        devices = list(pool.map(lambda number: attach(name=f"racer/{number}"), range(32)))
+    assert len(set(devices)) == 32
+    assert [state_of(device).name for device in devices] == [f"racer/{number}" for number in range(32)]
+
+
+def test_a_free_device_that_somebody_keeps_open_is_passed_over(attach: Attach) -> None:
+    kept = attach()
+    loop.detach(kept)
+    user = os.open(kept, os.O_RDONLY | os.O_EXCL)
+    try:
+        assert attach() != kept
+    finally:
+        os.close(user)
+
+
+def test_the_node_is_made_where_none_is(attach: Attach) -> None:
+    device = attach()
+    loop.detach(device)
+    os.unlink(device)
+    assert attach() == device
+    assert stat.S_ISBLK(os.stat(device).st_mode)
+
+
+def test_a_node_of_something_else_is_not_taken(attach: Attach, run_dir: Path) -> None:
+    device = attach()
+    loop.detach(device)
+    number = os.stat(device).st_rdev
+    os.unlink(device)
+    os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    try:
+        with pytest.raises(OSError, match="not the node") as refusal:
+            loop._node(os.minor(number))
+        assert refusal.value.errno == errno.ENODEV
+    finally:
+        os.unlink(device)
+        os.mknod(device, stat.S_IFBLK | 0o660, number)
+
+
+def test_detach_is_idempotent_and_leaves_another_name_alone(attach: Attach) -> None:
+    device = attach(name="mine")
+    loop.detach(device, "yours")
+    assert state_of(device).name == "mine"
+    loop.detach(device, "mine")
+    loop.detach(device, "mine")
+    assert loop.status(device) is None
+    loop.detach("/dev/loop4095")
+
+
+def test_detach_refuses_what_is_in_use(attach: Attach, spot: Path) -> None:
+    device = attach()
+    mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
+    try:
+        assert not loop.is_free(device)
+        with pytest.raises(OSError, match="busy") as refusal:
+            loop.detach(device)
+        assert (refusal.value.errno, refusal.value.filename) == (errno.EBUSY, device)
+    finally:
+        mount.umount(str(spot))
+    assert loop.is_free(device)
+
+
+def test_detach_does_not_say_done_while_it_is_only_going_to_be(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LOOP_CLR_FD succeeds, and the device stays until its last opener closes it."""
+    device = attach()
+    user = os.open(device, os.O_RDONLY)
+    monkeypatch.setattr(loop, "_DETACH_SECONDS", 0.05)
+    try:
+        with pytest.raises(OSError, match="last opener") as refusal:
+            loop.detach(device)
+        assert refusal.value.errno == errno.EBUSY
+        assert loop.status(device) is not None
+    finally:
+        os.close(user)
+    assert loop.status(device) is None
+
+
+def test_umount_here_does_not_free_it_while_another_namespace_holds_a_copy(attach: Attach, spot: Path) -> None:
+    device = attach()
+    mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
+    with mount_namespace():
+        mount.umount(str(spot))
+        assert not loop.is_free(device)
+        with pytest.raises(OSError, match="busy"):
+            loop.detach(device)
+        assert loop.status(device) is not None
+        spot.rmdir()
+        assert loop.is_free(device)
+
+
+def test_another_file_can_be_put_under_a_mount(attach: Attach, spot: Path, run_dir: Path) -> None:
+    copy = run_dir / "copy"
+    shutil.copyfile(images.small_image("squashfs"), copy)
+    device = attach(copy)
+    mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
+    try:
+        with open(images.small_image("squashfs"), "rb") as file:
+            loop.change_fd(device, file.fileno())
+        copy.write_bytes(b"")
+        assert (spot / "data/message").read_text() == "written when the image was made\n"
+        assert state_of(device).backing[1] == images.small_image("squashfs").stat().st_ino
+    finally:
+        mount.umount(str(spot))
+
+
+def test_another_file_must_have_the_same_size(attach: Attach) -> None:
+    with open(images.small_image("erofs"), "rb") as file, pytest.raises(OSError, match="Invalid") as refusal:
+        loop.change_fd(attach(), file.fileno())
+    assert refusal.value.errno == errno.EINVAL
+
+
+def test_the_tail_that_fills_no_sector_is_cut(attach: Attach, run_dir: Path) -> None:
+    (run_dir / "odd").write_bytes(bytes(1024 + 511))
+    device = attach(run_dir / "odd")
+    fd = os.open(device, os.O_RDONLY)
+    try:
+        assert os.lseek(fd, 0, os.SEEK_END) == 1024
+    finally:
+        os.close(fd)
