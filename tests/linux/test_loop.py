@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lab.elsewhere import mount_namespace
 from linux.conftest import Attach
 
 pytestmark = pytest.mark.kernel
+LOOP_CTL_REMOVE = 0x4C81
 
 
 def state_of(device: str) -> loop.Status:
@@ -111,27 +114,37 @@ def test_a_free_device_that_somebody_keeps_open_is_passed_over(attach: Attach) -
         os.close(user)
 
 
-def test_the_node_is_made_where_none_is(attach: Attach) -> None:
-    device = attach()
-    loop.detach(device)
-    os.unlink(device)
-    assert attach() == device
-    assert stat.S_ISBLK(os.stat(device).st_mode)
+@pytest.fixture
+def spare() -> Iterator[int]:
+    """The number of a loop device that nobody else on this machine was offered, and which goes again."""
+    number = 700 + os.getpid() % 300
+    with open("/dev/loop-control", "rb") as control:
+        fcntl.ioctl(control, loop.LOOP_CTL_ADD, number)
+        yield number
+        fcntl.ioctl(control, LOOP_CTL_REMOVE, number)
 
 
-def test_a_node_of_something_else_is_not_taken(attach: Attach, run_dir: Path) -> None:
-    device = attach()
-    loop.detach(device)
-    number = os.stat(device).st_rdev
-    os.unlink(device)
-    os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+def test_the_node_is_made_where_none_is(spare: int) -> None:
+    os.unlink(f"/dev/loop{spare}")
+    path = loop._node(spare)
+    try:
+        found = os.stat(path)
+        assert stat.S_ISBLK(found.st_mode)
+        assert found.st_rdev == os.makedev(7, spare)
+    finally:
+        os.unlink(path)  # not the kernel's own, so it does not take it away
+
+
+def test_a_node_of_something_else_is_not_taken(spare: int) -> None:
+    path = f"/dev/loop{spare}"
+    os.unlink(path)
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
     try:
         with pytest.raises(OSError, match="not the node") as refusal:
-            loop._node(os.minor(number))
+            loop._node(spare)
         assert refusal.value.errno == errno.ENODEV
     finally:
-        os.unlink(device)
-        os.mknod(device, stat.S_IFBLK | 0o660, number)
+        os.unlink(path)
 
 
 def test_detach_is_idempotent_and_leaves_another_name_alone(attach: Attach) -> None:
