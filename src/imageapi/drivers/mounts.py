@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 
 from imageapi.config import Site
@@ -59,7 +58,7 @@ def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
     Raises: errors.Conflict naming who is in the way; nothing has changed then.
     """
     path = site.mountpoint(record.token)
-    mounts = mountinfo.read()
+    mounts = mountinfo.read(mention=mountinfo.place(path))
     stack = mountinfo.stack(path, mounts)
     if stack:
         _check_top(record, path, stack)
@@ -121,7 +120,12 @@ def _remove_mountpoint(path: str) -> None:
         raise
 
 
-def check_gone(what: str, is_held_by: Callable[[Mount], bool]) -> None:
-    """Raises: errors.Conflict while another mount namespace has such a mount: the file system is still up."""
-    if not holders.until(lambda: not mountinfo.namespaces_where(is_held_by)):
-        raise holders.busy(what, mountinfo.namespaces_where(is_held_by))
+def check_gone(what: str, source: str) -> None:
+    """Raises: errors.Conflict while another mount namespace has a mount of `source`: the file system is still up."""
+    if not holders.until(lambda: not elsewhere(source)):
+        raise holders.busy(what, elsewhere(source))
+
+
+def elsewhere(source: str) -> list[int]:
+    """One process of every other mount namespace that has `source` mounted."""
+    return mountinfo.namespaces_where(lambda each: each.source == source, mention=source)

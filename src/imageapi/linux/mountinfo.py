@@ -45,10 +45,17 @@ def _parse(line: bytes) -> Mount:
     return Mount(int(fields[0]), int(fields[1]), dev, root, mountpoint, options, tags, fstype, source, super_options)
 
 
-def read(pid: int | str = "self") -> list[Mount]:
-    """The mounts that `pid` sees. Raises: OSError when it is gone."""
+_ESCAPED = " \t\n\\#"
+"""What the kernel writes as octal, "#" only in some of the fields."""
+
+
+def read(pid: int | str = "self", mention: str = "") -> list[Mount]:
+    """The mounts that `pid` sees; of a host with a thousand, those alone whose line holds `mention` are taken apart
+    (more, where the kernel may have written that otherwise). Raises: OSError when the process is gone."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        return [_parse(line) for line in file.read().splitlines()]
+        lines = file.read().splitlines()
+    wanted = b"" if any(letter in mention for letter in _ESCAPED) else os.fsencode(mention)
+    return [_parse(line) for line in lines if wanted in line]
 
 
 def place(path: str) -> str:
@@ -60,7 +67,8 @@ def place(path: str) -> str:
 def stack(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
     """The mounts at exactly `path`, lowest first."""
     spot = place(path)
-    here = {mount.id: mount for mount in (read() if mounts is None else mounts) if mount.mountpoint == spot}
+    known = read(mention=spot) if mounts is None else mounts
+    here = {mount.id: mount for mount in known if mount.mountpoint == spot}
     above = {mount.parent: mount for mount in here.values()}
     lowest = next((mount for mount in here.values() if mount.parent not in here), None)
     found = []
@@ -78,7 +86,8 @@ def at(path: str, mounts: list[Mount] | None = None) -> Mount | None:
 def below(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
     """The mounts inside `path`, not at it, the deepest first: the order in which they can be unmounted."""
     inside = f"{place(path)}/"
-    found = [mount for mount in (read() if mounts is None else mounts) if mount.mountpoint.startswith(inside)]
+    known = read(mention=inside) if mounts is None else mounts
+    found = [mount for mount in known if mount.mountpoint.startswith(inside)]
     return sorted(found, key=lambda mount: mount.mountpoint.count("/"), reverse=True)
 
 
@@ -93,12 +102,12 @@ def _namespaces() -> Iterator[int]:
                 yield int(name)
 
 
-def namespaces_where(wanted: Callable[[Mount], bool]) -> list[int]:
-    """One process of every other mount namespace that has such a mount."""
+def namespaces_where(wanted: Callable[[Mount], bool], mention: str = "") -> list[int]:
+    """One process of every other mount namespace that has such a mount; `mention` as in `read`."""
     found = []
     for pid in _namespaces():
         with contextlib.suppress(OSError):
-            if any(map(wanted, read(pid))):
+            if any(map(wanted, read(pid, mention))):
                 found.append(pid)
     return found
 
@@ -106,4 +115,4 @@ def namespaces_where(wanted: Callable[[Mount], bool]) -> list[int]:
 def holders(dev: str) -> list[int]:
     """One process of every other mount namespace that still has a mount of the st_dev `dev` ("7:3"): umount and
     LOOP_CLR_FD both succeed while it does, and the file system stays up. A detached tree is not seen."""
-    return namespaces_where(lambda mount: mount.dev == dev)
+    return namespaces_where(lambda mount: mount.dev == dev, mention=dev)

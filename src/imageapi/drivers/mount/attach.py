@@ -144,7 +144,7 @@ def _refusal(
 
 
 def _mounted_at(device: str) -> list[str]:
-    return [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.source == device]
+    return [f"the mount at {each.mountpoint}" for each in mountinfo.read(mention=device) if each.source == device]
 
 
 def _refused_options(device: str, definition: Attach, flags: int, data: list[str], words: str) -> Problem:
@@ -175,7 +175,6 @@ def _device_of(record: AnyRecord) -> str | None:
 def _check_let_go(device: str) -> None:
     """Raises: errors.Conflict while the file system is up without any mount here: a copy in another mount namespace,
     a detached tree or an overlay holds it. Another mount of it here is no leftover of ours."""
-    if any(each.source == device for each in mountinfo.read()) or holders.until(lambda: loop.is_free(device)):
+    if _mounted_at(device) or holders.until(lambda: loop.is_free(device)):
         return
-    pids = mountinfo.namespaces_where(lambda each: each.source == device)
-    raise holders.busy(f"the file system on {device}", [*pids, *users.using(device)])
+    raise holders.busy(f"the file system on {device}", [*mounts.elsewhere(device), *users.using(device)])

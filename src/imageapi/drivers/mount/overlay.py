@@ -44,9 +44,8 @@ class Driver(LocalDriver):
         return facts
 
     def release(self, record: AnyRecord, site: Site) -> None:
-        mark = site.mark(record.key)
         mounts.release(record, site)
-        mounts.check_gone(f"the overlay {record.key}", lambda each: each.source == mark)
+        mounts.check_gone(f"the overlay {record.key}", site.mark(record.key))
         for path in (site.upperdir(record.token), site.workdir(record.token)):
             _remove(path)
 
