@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 
 from imageapi.config import Site
+from imageapi.drivers import block, holders
 from imageapi.drivers.storage_daemon import export_path, private_path
-from imageapi.errors import Conflict
 from imageapi.linux import loop, mountinfo
 from imageapi.records import Key
 
@@ -60,20 +59,20 @@ def _noted(site: Site, key: Key) -> str | None:
 def detach(device: str) -> None:
     """Take the device off its file.
 
-    Raises: errors.Conflict naming who has it mounted; OSError.
+    Raises: errors.Conflict naming who has it mounted or open; OSError.
     """
+    if not holders.until(lambda: _detached(device)):
+        raise block.busy(device)
+
+
+def _detached(device: str) -> bool:
     try:
         loop.detach(device)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise Conflict(f"{device} is in use", holders=list(_holders(device)), detail=str(error)) from None
-
-
-def _holders(device: str) -> Iterator[str]:
-    number = _sysfs(os.path.basename(device), "dev")
-    yield from (each.mountpoint for each in mountinfo.read() if each.dev == number)
-    yield from (f"the mount namespace of process {pid}" for pid in mountinfo.holders(number))
+        return False
+    return True
 
 
 def _loops() -> list[str]:

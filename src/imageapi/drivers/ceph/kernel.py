@@ -9,8 +9,9 @@ import shutil
 import subprocess
 
 from imageapi.config import Site
+from imageapi.drivers import block
 from imageapi.drivers.ceph import keys, monitors, options
-from imageapi.errors import Conflict, Invalid, Problem, TimedOut, Unsupported
+from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
 from imageapi.linux import keyring, krbd
 from imageapi.records import Key
 from imageapi.spec import Rbd, Secret
@@ -74,7 +75,7 @@ def release(key: Key, site: Site, root: str = krbd.BUS) -> None:
         krbd.unmap(device.id, root=root)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise Conflict(f"{device.file} is in use", holders=[device.file]) from None
+            raise block.busy(device.file) from None
         if error.errno != errno.ENOENT:
             raise
 
