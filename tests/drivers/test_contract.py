@@ -21,6 +21,7 @@ pytestmark = pytest.mark.kernel
 RELEASE = """
 import sys, msgspec
 from imageapi import records
+from imageapi.config import Site
 from imageapi.drivers.base import driver
 site = msgspec.json.decode(sys.argv[1], type=Site)
 record = records.decode(sys.argv[2], sys.stdin.buffer.read())
