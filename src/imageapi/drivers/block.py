@@ -1,12 +1,32 @@
-"""Who keeps a block device."""
+"""Letting go of a block device, and who keeps it."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 from imageapi.drivers import holders
 from imageapi.errors import Conflict
-from imageapi.linux import mountinfo, users
+from imageapi.linux import loop, mountinfo, users
+
+
+def detach_loop(device: str, name: str | None = None) -> None:
+    """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent.
+
+    Raises: errors.Conflict naming who has it mounted or open; OSError.
+    """
+    if not holders.until(lambda: _detached(device, name)):
+        raise busy(device)
+
+
+def _detached(device: str, name: str | None) -> bool:
+    try:
+        loop.detach(device, name)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def busy(device: str) -> Conflict:

@@ -8,11 +8,9 @@ sequence number (diskseq, Linux 5.15), which is never given twice.
 
 from __future__ import annotations
 
-import errno
 import os
 
 from imageapi.config import Site
-from imageapi.drivers import block, holders
 from imageapi.drivers.storage_daemon import export_path, private_path
 from imageapi.linux import loop, mountinfo
 from imageapi.records import Key
@@ -54,25 +52,6 @@ def _noted(site: Site, key: Key) -> str | None:
         return None
     still_there = _sysfs(name, "loop/backing_file") == "/" and _sysfs(name, "diskseq") == sequence
     return f"/dev/{name}" if still_there else None
-
-
-def detach(device: str) -> None:
-    """Take the device off its file.
-
-    Raises: errors.Conflict naming who has it mounted or open; OSError.
-    """
-    if not holders.until(lambda: _detached(device)):
-        raise block.busy(device)
-
-
-def _detached(device: str) -> bool:
-    try:
-        loop.detach(device)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
 
 
 def _loops() -> list[str]:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from imageapi.config import Site
-from imageapi.drivers import holders
+from imageapi.drivers import block
 from imageapi.drivers.base import LocalDriver
 from imageapi.drivers.paths import open_path, reopen
-from imageapi.errors import Conflict, Invalid, Unsupported
-from imageapi.linux import loop, mountinfo, superblock, users
+from imageapi.errors import Invalid, Unsupported
+from imageapi.linux import loop, superblock
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Loopback
 
@@ -42,8 +42,8 @@ class Driver(LocalDriver):
 
     def release(self, record: AnyRecord, site: Site) -> None:
         device = _find(record, site)
-        if device and not holders.until(lambda: _detached(device, site.mark(record.key))):
-            raise _busy(device)
+        if device is not None:
+            block.detach_loop(device, site.mark(record.key))
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = _find(record, site)
@@ -105,22 +105,3 @@ def _attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> s
         if error.filename == "/dev/loop-control" and error.errno in (errno.ENOENT, errno.ENODEV):
             raise Unsupported("this kernel has no loop devices: 'modprobe loop' must succeed") from None
         raise
-
-
-def _detached(device: str, mark: str) -> bool:
-    try:
-        loop.detach(device, mark)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
-
-
-def _busy(device: str) -> Conflict:
-    """Who keeps `device`: mounts of it here or in other mount namespaces, devices on it, processes."""
-    number = os.stat(device).st_rdev
-    dev = f"{os.major(number)}:{os.minor(number)}"
-    mounts = [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.dev == dev]
-    devices = [f"/dev/{name}" for name in os.listdir(f"/sys/dev/block/{dev}/holders")]
-    return holders.busy(device, [*mountinfo.holders(dev), *users.using(device)], [*mounts, *devices])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from imageapi.config import Site
-from imageapi.drivers import export_loop, storage_daemon
+from imageapi.drivers import block, export_loop, storage_daemon
 from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.qmp import Deadline, QmpError
 from imageapi.drivers.storage_daemon import Source
@@ -55,7 +55,7 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
     if device is not None:
         if not expendable and storage_daemon.standing(site, key):
             _flush(device, storage_daemon.private_path(site, key, REFUSED))
-        export_loop.detach(device)
+        block.detach_loop(device)
     with _explained(definition):
         storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=expendable)
 
