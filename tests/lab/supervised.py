@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imageapi.config import Site
+from imageapi.linux import loop
 from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
 from imageapi.linux.mount import MS_PRIVATE, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, mount_setattr, open_tree
 from imageapi.records import Key
@@ -59,10 +60,11 @@ class Supervised:
         self.news: list[Ended] = []
         self._loop = asyncio.new_event_loop()
         self._attempts: dict[int, int] = {}
+        self._killed = 0
         self.client = Supervisor(site, launch=lambda: detach(site), on_ended=self.news.append)
         self.lives = self.do(self.client.connect())
 
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
+    def do(self, work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
         """The result of `work`, once it has one."""
         return self._loop.run_until_complete(asyncio.wait_for(work, PATIENCE))
 
@@ -73,8 +75,12 @@ class Supervised:
 
     # ----------------------------------------------------------------------------------------------- containers
 
-    def start(self, *argv: str, container: int = 0, root: Path | None = None, **more: Any) -> Started:
+    def start(self, *argv: str, **more: Any) -> Started:
         """Raises: errors.Problem."""
+        return self.do(self.begin(*argv, **more))
+
+    def begin(self, *argv: str, container: int = 0, root: Path | None = None, **more: Any) -> asyncio.Task[Started]:
+        """Ask for a start; it is under way when this returns."""
         attempt = self._attempts[container] = self._attempts.get(container, 0) + 1
         order = Start(
             id=container,
@@ -84,8 +90,13 @@ class Supervised:
             mark=self.site.mark(Key("container", container)),
             **more,
         )
-        with tree(root or self.root) as descriptor:
-            return self.do(self.client.start(order, descriptor))
+        task = self._loop.create_task(self._start(order, root or self.root))
+        self._loop.run_until_complete(asyncio.sleep(0.001))
+        return task
+
+    async def _start(self, order: Start, root: Path) -> Started:
+        with tree(root) as descriptor:
+            return await self.client.start(order, descriptor)
 
     def shell(self, script: str, **more: Any) -> Started:
         """Run a script in the image's shell."""
@@ -138,7 +149,7 @@ class Supervised:
 
     def kill_supervisor(self) -> None:
         """SIGKILL, and return when it is gone; the client has not noticed yet."""
-        pid = self.pid
+        pid = self._killed = self.pid
         descriptor = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: _ended(descriptor), f"supervisor {pid} ends")
@@ -146,13 +157,17 @@ class Supervised:
 
     def resume(self) -> int:
         """Have another supervisor where one died; its pid."""
-        self.do(self._another_than(self.pid))
+        self.do(self._another_than(self._killed))
         self.do(self.client.list())
         return self.pid
 
     async def _another_than(self, pid: int) -> None:
         while self.client.pid in (None, pid):
             await asyncio.sleep(0.002)
+
+    def children(self) -> list[int]:
+        """The supervisor's children: each running container's first process, and the child in waiting."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def close(self) -> None:
         """End all that runs, and the supervisor: nothing of it is left."""
@@ -203,6 +218,19 @@ def mounted(target: Path, *arguments: str) -> Iterator[Path]:
         yield target
     finally:
         subprocess.run(["umount", str(target)], check=True, timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def squashfs(image: Path, target: Path) -> Iterator[Path]:
+    """An image mounted read-only. Not by `mount -o loop`, which asks every loop device of the machine, and waits for
+    those whose store another test has stopped."""
+    with open(image, "rb") as file:
+        device = loop.attach(file.fileno(), str(target), read_only=True)
+    try:
+        with mounted(target, "-t", "squashfs", "-o", "ro", device) as mountpoint:
+            yield mountpoint
+    finally:
+        loop.detach(device)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ import pytest
 
 from imageapi.config import Site
 from lab.images import small_image
-from lab.supervised import Supervised, mounted, overlay
+from lab.supervised import Supervised, overlay, squashfs
 
 
 @pytest.fixture
 def image(run_dir: Path) -> Iterator[Path]:
     """The small image, read-only."""
-    with mounted(run_dir / "image", "-t", "squashfs", "-o", "loop,ro", str(small_image())) as mountpoint:
+    with squashfs(small_image(), run_dir / "image") as mountpoint:
         yield mountpoint
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from imageapi.config import Site
-from imageapi.errors import Conflict, NotFound
+from imageapi.errors import Conflict, NotFound, Problem
 from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import output, protocol
 from lab.supervised import Supervised, detach, eventually
@@ -230,6 +231,26 @@ def test_a_start_is_possible_after_the_death(supervised: Supervised) -> None:
         supervised.kill_supervisor()
         supervised.resume()
         assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+
+
+def test_killed_at_any_moment_of_a_start_it_leaves_nothing_half_made(supervised: Supervised) -> None:
+    """Either the command runs on, or nothing of it is left; and what was told to have failed does not run."""
+    for step in range(8):
+        starting = supervised.begin("/bin/sleep", "1000", container=step)
+        supervised.do(asyncio.sleep(step * 0.0005))
+        supervised.kill_supervisor()
+        try:
+            started = supervised.do(starting)
+        except Problem:
+            supervised.resume()
+            eventually(lambda: not supervised.do(supervised.client.list()), "nothing is known of it")
+        else:
+            supervised.resume()
+            supervised.kill(started)
+            supervised.do(supervised.client.forget(started.id, started.attempt))
+    eventually(lambda: len(supervised.children()) == 1, "there is nothing but the child in waiting")
+    assert os.listdir(f"{supervised.site.supervisor_dir}/keep/pids") == []
+    assert set(os.listdir(supervised.site.supervisor_dir)) == {"keep", "lock", "log", "socket"}
 
 
 def test_a_second_supervisor_ends_at_once(supervised: Supervised) -> None:

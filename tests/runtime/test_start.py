@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from imageapi.config import Site
-from imageapi.errors import Conflict, Invalid, Problem
+from imageapi.errors import Conflict, Invalid, Problem, TimedOut
 from imageapi.linux import mountinfo, pidfd
 from imageapi.runtime import layout
-from lab.supervised import PATIENCE, Supervised, mounted, overlay
+from imageapi.runtime.protocol import Started
+from lab.supervised import PATIENCE, Supervised, eventually, mounted, overlay
 
 pytestmark = pytest.mark.kernel
 
@@ -273,9 +274,11 @@ def test_an_ended_container_is_started_again(supervised: Supervised) -> None:
 
 def test_two_hundred_starts_leave_nothing(supervised: Supervised) -> None:
     supervised.end_of(supervised.start("/bin/true"))
+    in_waiting(supervised)
     descriptors = os.listdir(f"/proc/{supervised.pid}/fd")
     for _ in range(200):
         assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+    in_waiting(supervised)
     assert len(os.listdir(f"/proc/{supervised.pid}/fd")) == len(descriptors)
     assert len(Path(f"/proc/{supervised.pid}/mountinfo").read_text().splitlines()) == 2
     assert os.listdir(f"{supervised.site.supervisor_dir}/keep/pids") == []
@@ -295,3 +298,48 @@ def test_a_container_over_two_images_sees_both(supervised: Supervised, image: Pa
     (top / "data/more").write_text("from the top\n")
     with overlay(Path(f"{top}:{image}"), run_dir / "two") as root:
         assert supervised.output("cat /data/more /data/message", root=root).startswith("from the top\nwritten")
+
+
+# ------------------------------------------------------------------------------------- what the supervisor goes through
+
+
+def test_a_start_does_without_the_child_in_waiting(supervised: Supervised) -> None:
+    """Somebody has killed it; the next one is there again afterwards."""
+    child = in_waiting(supervised)
+    os.kill(child, signal.SIGKILL)
+    eventually(lambda: pidfd.start_time(child) is None, "it has ended")
+    assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+    assert in_waiting(supervised) != child
+
+
+def in_waiting(supervised: Supervised) -> int:
+    """The child in waiting, while no container runs."""
+    return eventually(supervised.children, "there is a child in waiting")[0]
+
+
+def test_one_that_is_killed_before_its_exec_was_not_started(supervised: Supervised) -> None:
+    """It has its orders, and cannot read them: it is stopped."""
+    child = in_waiting(supervised)
+    os.kill(child, signal.SIGSTOP)
+    starting = supervised.begin("/bin/true")
+    eventually(lambda: os.path.exists(f"{supervised.site.supervisor_dir}/0.json"), "its process is noted")
+    os.kill(child, signal.SIGKILL)
+    with pytest.raises(Problem, match="killed before it could execute"):
+        supervised.do(starting)
+    assert supervised.do(supervised.client.list()) == []
+
+
+def test_an_exec_that_does_not_come_back_is_given_up(supervised: Supervised) -> None:
+    """The failure is told at once; that the process has ended is news when it has."""
+    with pytest.raises(TimedOut, match="storage does not answer"):
+        supervised.start("/bin/sleep", "1000", timeout=0.0)
+    supervised.end_of(Started(0, 1, 0, 0))
+    assert not supervised.do(supervised.client.list())[0].running
+    assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+
+
+def test_an_order_to_one_that_has_ended_is_done_already(supervised: Supervised) -> None:
+    started = supervised.start("/bin/true")
+    supervised.end_of(started)
+    supervised.signal(started, signal.SIGTERM)
+    supervised.do(supervised.client.kill(started.id, started.attempt))

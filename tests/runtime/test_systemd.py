@@ -13,7 +13,7 @@ from imageapi.config import Site
 from imageapi.linux import cgroup, pidfd
 from imageapi.runtime.protocol import Started
 from lab.images import systemd_image
-from lab.supervised import Supervised, eventually, mounted, overlay
+from lab.supervised import Supervised, eventually, overlay, squashfs
 
 pytestmark = pytest.mark.kernel
 
@@ -25,8 +25,7 @@ WITH_SYSTEMD = ["mounting /run", "mounting /tmp", "mounting /sys/fs/cgroup", "mo
 @pytest.fixture
 def supervised(site: Site, run_dir: Path) -> Iterator[Supervised]:
     """A supervisor whose containers have a Debian with systemd as their root."""
-    image = mounted(run_dir / "debian", "-t", "squashfs", "-o", "loop,ro", str(systemd_image()))
-    with image as lower, overlay(lower, run_dir / "overlay") as root:
+    with squashfs(systemd_image(), run_dir / "debian") as lower, overlay(lower, run_dir / "overlay") as root:
         running = Supervised(site, root)
         yield running
         running.close()
@@ -83,7 +82,7 @@ def test_it_finds_what_a_container_manager_promises(supervised: Supervised) -> N
 def test_it_has_a_group_of_its_own_in_every_hierarchy(supervised: Supervised) -> None:
     started = boot(supervised)
     ours, theirs = cgroup.own_groups(), cgroup.own_groups(started.pid)
-    name = f"imageapi-{supervised.site.instance}-0-1"
+    name = f"imageapi-{supervised.site.instance}-container-0-1"
     assert theirs.keys() == ours.keys()
     for controllers, group in theirs.items():
         assert f"/{name}" in group, controllers

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -43,25 +44,27 @@ class Surroundings(NamedTuple):
     loop: Loop
     boot_id: str
     instance: str
+    mark_prefix: str
     hierarchies: Sequence[tuple[cgroup.Hierarchy, int]]
     freezer: int | None
     inheritance: init.Inheritance
-
-    def group(self, container: int, attempt: int) -> str:
-        """The name of a container's cgroups."""
-        return f"imageapi-{self.instance}-{container}-{attempt}"
 
     def sweep_groups(self, used: Collection[str]) -> None:
         """Remove the cgroups of lives that are not known: their supervisor died before it could note them."""
         for hierarchy, directory in self.hierarchies:
             for name in cgroup.groups(directory):
-                if name.startswith(f"imageapi-{self.instance}-") and f"{hierarchy.directory}/{name}" not in used:
+                if name.startswith(group_name(self.mark_prefix)) and f"{hierarchy.directory}/{name}" not in used:
                     cgroup.remove(directory, name)
 
     def uuid(self, container: int) -> str:
         """An id that no other container has, on any host, and this one has until the next boot."""
         digits = f"{self.boot_id.replace('-', '')[:16]}{self.instance:>8.8}{container:08x}"
         return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def group_name(mark: str) -> str:
+    """A mark as the name of a cgroup."""
+    return mark.replace(":", "-").replace("/", "-")
 
 
 class Container:
@@ -92,19 +95,20 @@ class Container:
         Raises: OSError, errors.Problem, when there is no child; nothing is left then.
         """
         self._answer = answer
-        orders = init.Orders(order, self._around.uuid(order.id), self._around.group(order.id, order.attempt))
+        group = group_name(f"{order.mark}-{order.attempt}")
+        orders = init.Orders(order, self._around.uuid(order.id), group)
         with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
             self._output = output.make(self._around.directory, order.id)
             undo.callback(output.remove, self._around.directory, order.id)
             undo.callback(os.close, self._output)
             if order.systemd:
                 host = self._open_host(f"{order.id}.{order.attempt}", passing, undo)
-                child = bear(self._around.inheritance, self._make_group(orders.group, passing, undo))
+                child = bear(self._around.inheritance, self._make_group(group, passing, undo))
                 child.order(orders, (root, host))
             else:
                 child = self._order_spare(spare, orders, root) or self._order_new(orders, root)
             undo.pop_all()
-        self._begin(order, child, orders.group)
+        self._begin(order, child, group)
 
     @staticmethod
     def _order_spare(spare: Child | None, orders: init.Orders, root: int) -> Child | None:
@@ -161,6 +165,7 @@ class Container:
         self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
         try:
             entries.save(self._around.directory, self.entry)
+            self._park()  # while the child is busy with its root: it costs no time
             self._tie.send(OPEN_GATE)
         except OSError as error:
             if not isinstance(error, BrokenPipeError):  # that one has failed by itself, and said why
@@ -177,17 +182,28 @@ class Container:
         """The child has executed, which closes its end, or says why it has not."""
         if self._tie is None:
             return
-        try:
-            said = self._tie.recv(1 << 16)
-        except ConnectionResetError:  # it ended without reading our word
-            said = b""
+        said = self._listen_to(self._tie)
         self._cut_tie()
+        if self._problem is not None:
+            return
         if said:
             self._problem = errors.from_dict(msgspec.json.decode(said))
-        elif self._problem is None:
+        elif said is None:
+            self._problem = errors.Problem("the first process was killed before it could execute the command")
+        else:
             life = self.life
             self._say(Started(life.id, life.attempt, life.pid, life.start_time))
-            self._around.loop.after(0, self._park)
+
+    @staticmethod
+    def _listen_to(tie: socket.socket) -> bytes | None:
+        """What the child says; b"" when it has passed the gate and closed its end, None when it ended before it.
+
+        A child that ends with our word unread leaves ECONNRESET, which is told before the word that it left for us.
+        """
+        try:
+            return tie.recv(1 << 16)
+        except ConnectionResetError:
+            return tie.recv(1 << 16) or None
 
     def _cut_tie(self) -> None:
         if self._tie is not None:
@@ -220,8 +236,7 @@ class Container:
             self._answer = None
 
     def _park(self) -> None:
-        if self._pidfd >= 0 and self.life.running:
-            self._parked = self._around.keep.park(self._pidfd, self.entry.name)
+        self._parked = self._around.keep.park(self._pidfd, self.entry.name)
 
     # ------------------------------------------------------------------------------------------------- adoption
 
@@ -255,8 +270,9 @@ class Container:
 
     def signal(self, number: int) -> None:
         """Send the first process a signal; one that has ended needs none."""
-        with contextlib.suppress(ProcessLookupError):
-            pidfd.send_signal(self._pidfd, number)
+        if self.life.running:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd.send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one."""
@@ -288,7 +304,7 @@ class Container:
         if self._tie is not None:
             self._on_tie()
         if self._ours:
-            self._finish(self._wait(os.WEXITED | os.WNOHANG | os.WNOWAIT))
+            self._finish(self._wait(os.WEXITED | os.WNOWAIT))
             return
         status = pidfd.exit_info(self._pidfd)
         if status is None and self._parked and self._deadline is None:
@@ -297,11 +313,10 @@ class Container:
             return
         self._finish(None if status is None else _exit_code(status))
 
-    def _wait(self, options: int) -> int | None:
-        """The exit code of our child. Raises: ChildProcessError."""
+    def _wait(self, options: int) -> int:
+        """The exit code of our child, which has ended."""
         found = os.waitid(os.P_PIDFD, self._pidfd, options)
-        if found is None:
-            return None
+        assert found is not None, "waitid(2) returns nothing only with WNOHANG"
         return found.si_status if found.si_code == os.CLD_EXITED else 128 + found.si_status
 
     def _finish(self, code: int | None) -> None:
@@ -316,13 +331,20 @@ class Container:
         if failed:
             entries.remove(self._around.directory, self.life.id)
         else:
-            entries.save(self._around.directory, self.entry)
+            self._note()
         if self._ours:
-            self._wait(os.WEXITED | os.WNOHANG)
+            self._wait(os.WEXITED)
         self._clear()
         if failed:
             self._say(self._failure())
         self._ended(self, None if failed else Ended(over.id, over.attempt, code, over.finished_at or ""))
+
+    def _note(self) -> None:
+        """Write the end to disk. A disk that is full must not keep the end from those who wait for it."""
+        try:
+            entries.save(self._around.directory, self.entry)
+        except OSError:
+            traceback.print_exc()
 
     def _clear(self) -> None:
         """Let go of all that only a living container needs."""

@@ -129,11 +129,13 @@ class Keep:
 
     def park(self, descriptor: int, name: str) -> bool:
         """Keep a process's pidfd under `name`; whether the kernel can."""
+        path = f"{PIDS}/{name}"
         with self._inside():
-            os.close(os.open(f"{PIDS}/{name}", os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o600))
             try:
-                pidfd.park(descriptor, f"{PIDS}/{name}")
+                pidfd.park(descriptor, path)
             except OSError:
+                os.unlink(path)
                 return False
         return True
 

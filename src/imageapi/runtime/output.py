@@ -23,10 +23,15 @@ def _name(container: int) -> str:
 
 
 def make(directory: int, container: int) -> int:
-    """A new FIFO in the supervisor's directory, and our end of it, which does not block."""
+    """A new FIFO in the supervisor's directory, and our end of it, which does not block.
+
+    In the container everybody may open it, as /dev/stdout; on the host its directory is root's alone.
+    """
     remove(directory, container)
-    os.mkfifo(_name(container), 0o600, dir_fd=directory)
-    return reopen(directory, container)
+    os.mkfifo(_name(container), dir_fd=directory)
+    end = reopen(directory, container)
+    os.fchmod(end, 0o666)
+    return end
 
 
 def reopen(directory: int, container: int) -> int:

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import msgspec
@@ -54,6 +54,8 @@ FIRST_CLIENT = 10.0
 """Seconds for the server that had us launched to come."""
 IDLE = 0.2
 """Seconds without a client and without a living container, until there is no use in a supervisor."""
+SPARE = 0.005
+"""Seconds from a start to the next child in waiting: the one that has just executed is to have the processors."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -111,13 +113,14 @@ def _surroundings(site: Site) -> Surroundings:
     """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
     freezer = cgroup.freezer()
     directory, log_directory = os.open(site.supervisor_dir, _DIRECTORY), os.open(site.logs_dir, _DIRECTORY)
-    hierarchies = [(one, os.open(one.directory, _DIRECTORY)) for one in cgroup.hierarchies()]
+    hierarchies = list(_open_hierarchies())
     return Surroundings(
         directory=directory,
         logs=log_directory,
         loop=Loop(),
         boot_id=_read("/proc/sys/kernel/random/boot_id"),
         instance=site.instance,
+        mark_prefix=site.mark_prefix,
         hierarchies=hierarchies,
         freezer=None if freezer is None else os.open(freezer, _DIRECTORY),
         inheritance=Inheritance(
@@ -129,6 +132,13 @@ def _surroundings(site: Site) -> Surroundings:
         ),
         keep=Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor"),
     )
+
+
+def _open_hierarchies() -> Iterator[tuple[cgroup.Hierarchy, int]]:
+    """The cgroup hierarchies in which this process can make groups; not all, where it is in a container itself."""
+    for one in cgroup.hierarchies():
+        with contextlib.suppress(FileNotFoundError):
+            yield one, os.open(one.directory, _DIRECTORY)
 
 
 def _read(path: str) -> str:
@@ -313,7 +323,7 @@ class Supervisor:
 
     def _on_started(self, client: Client, number: int, answer: Answer) -> None:
         client.tell(number, answer)
-        self._loop.after(0, self._bear_spare)
+        self._loop.after(SPARE, self._bear_spare)
 
     def _list(self, order: List) -> Answer:
         found = sorted(number for number in self._containers if number > order.above)
