@@ -53,12 +53,12 @@ def test_marked_finds_what_begins_with_the_prefix(attach: Attach) -> None:
 
 
 def test_marked_does_not_look_at_the_files_it_is_to_skip(attach: Attach, run_dir: Path) -> None:
-    (run_dir / "there").mkdir()
-    shutil.copyfile(images.small_image("squashfs"), run_dir / "there/image")
+    image = run_dir / "image"
+    shutil.copyfile(images.small_image("squashfs"), image)
     prefix = f"imageapi:{os.getpid():x}"
     seen = attach(name=f"{prefix}:seen")
-    attach(run_dir / "there/image", name=f"{prefix}:skipped")
-    assert loop.marked(prefix, skip=os.path.realpath(run_dir / "there")) == {f"{prefix}:seen": seen}
+    attach(image, name=f"{prefix}:skipped")
+    assert loop.marked(prefix, skip={os.path.realpath(image)}) == {f"{prefix}:seen": seen}
 
 
 def test_direct_io_saves_the_second_copy(attach: Attach) -> None:

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 LO_FLAGS_READ_ONLY = 1
@@ -202,13 +202,13 @@ def _wait_until_free(device: str, name: str | None) -> None:
         time.sleep(0.005)
 
 
-def marked(prefix: str, *, skip: str = "") -> dict[str, str]:
-    """The devices in use whose name begins with `prefix`, by name. Those of files in the directory `skip` are not
-    looked at: one file that hangs would hang the whole search."""
+def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:
+    """The devices in use whose name begins with `prefix`, by name. Those of the files `skip` are not looked at: one
+    file that hangs would hang the whole search."""
     found: dict[str, str] = {}
     for number in _in_use():
         device = f"/dev/loop{number}"
-        if skip and backing_path(device).startswith(f"{skip}/"):
+        if skip and backing_path(device) in skip:
             continue
         with contextlib.suppress(OSError):
             state = status(device)
