@@ -5,6 +5,7 @@
     ├── Forbidden              403  a foreign origin
     ├── NotFound               404  no such route, id or name
     ├── MethodNotAllowed       405
+    ├── TooSlow                408  the client did not send its request in time
     ├── Conflict               409  held, busy, or a name in use
     ├── TooLarge               413
     ├── UnsupportedMedia       415
@@ -56,6 +57,10 @@ class MethodNotAllowed(Problem):
     code = 405
 
 
+class TooSlow(Problem):
+    code = 408
+
+
 class Conflict(Problem):
     code = 409
 
@@ -100,6 +105,7 @@ BY_CODE: dict[int, type[Problem]] = {
         Forbidden,
         NotFound,
         MethodNotAllowed,
+        TooSlow,
         Conflict,
         TooLarge,
         UnsupportedMedia,

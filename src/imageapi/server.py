@@ -73,6 +73,7 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
         await listeners.serve(app(engine, config), stop)
     finally:
+        listeners.close()
         await engine.stop()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,9 +69,8 @@ class Server:
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
-        with contextlib.suppress(httpx.TransportError):
-            return self.http.get("/container").status_code == 200
-        return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def stop(self) -> None:
         """The normal end: containers run on."""

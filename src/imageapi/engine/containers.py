@@ -189,15 +189,26 @@ class Containers:
         Raises: errors.Problem, when it was not executed.
         """
         argv = command.split(record.spec.command)
-        mount = self._graph.get(record.edges()[0])
-        if not standing(mount):
-            raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
+        mount = self._mount_of(record)
         job = Job(self._jobs.store(mount), "open_root", mount.facts.mountpoint, argv, record.id, run.logfile)
         root = await self._jobs.run(record, job)
         try:
             return await self._supervisor.start(self._order(record, run, argv), root)
         finally:
             os.close(root)
+
+    def _mount_of(self, record: AnyRecord) -> AnyRecord:
+        """What the container runs on.
+
+        Raises: errors.Conflict, when it does not stand any more.
+        """
+        key = record.edges()[0]
+        mount = self._graph.find(key)
+        if mount is None:
+            raise Conflict(f"{key}, which {describe(record)} runs on, was deleted; delete the container, and make it again")
+        if not standing(mount):
+            raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
+        return mount
 
     def _order(self, record: AnyRecord, run: Run, argv: list[str]) -> Start:
         return Start(
@@ -245,8 +256,8 @@ class Containers:
 
     async def _sync(self, record: AnyRecord) -> str | None:
         """Have what the container wrote reach its store; what went wrong, if anything did."""
-        mounts = [one for one in self._written(self._graph.get(record.edges()[0])) if one.facts.mountpoint]
-        for mount in mounts:
+        mount = self._graph.find(record.edges()[0])
+        for mount in self._written(mount) if mount else ():
             job = Job(self._jobs.store(mount), "sync", mount.facts.mountpoint)
             try:
                 await self._jobs.run(None, job, self._stop_timeout)

@@ -1,0 +1,56 @@
+"""From an exception to an answer: the one place where HTTP statuses and bodies of failures are made."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from http import HTTPStatus
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from imageapi.errors import Problem
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json"
+
+
+class Json(Response):
+    """An answer of the API. Its type is exactly `application/json`, which is all the Go clients read."""
+
+    media_type = JSON
+
+    def render(self, content: object) -> bytes:
+        return msgspec.json.encode(content)
+
+
+def answer(problem: Problem) -> Json:
+    """The answer that tells a problem."""
+    allow = problem.fields.get("allow")
+    return Json(problem.to_dict(), status_code=problem.code, headers={"allow": ", ".join(allow)} if allow else None)
+
+
+async def on_problem(request: Request, error: Exception) -> Response:
+    """What a user can cause: a sentence, and no trace."""
+    if not isinstance(error, Problem):
+        raise error
+    return answer(error)
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """What only we can have caused: a number that is in the log too, beside the trace."""
+    reference = secrets.token_hex(4)
+    log.error("bug %s in %s %s", reference, request.method, request.url.path, exc_info=error)
+    return answer(Problem(f"a bug of this server; its log has the trace under {reference}"))
+
+
+def raw(problem: Problem) -> bytes:
+    """The whole answer, for a connection on which no request could be read. It is the connection's last."""
+    body = msgspec.json.encode(problem.to_dict())
+    head = (
+        f"HTTP/1.1 {problem.code} {HTTPStatus(problem.code).phrase}\r\n"
+        f"content-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
