@@ -1,6 +1,6 @@
 """A process that is to become a container: cloned into its namespaces, waiting to be told which.
 
-One is always kept in waiting, so that a start does not wait for the clone, half of its time. It has none of the
+One is always kept in waiting, so that a start does not wait for the clone, its longest part. It has none of the
 supervisor's descriptors but those a start needs, and ends when the supervisor does.
 """
 

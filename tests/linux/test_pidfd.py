@@ -1,0 +1,86 @@
+"""Processes by descriptor."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from imageapi.linux import pidfd
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that sleeps, and takes no signal."""
+    process = subprocess.Popen(["sleep", "1000"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def await_end(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    assert poll.poll(10_000)
+
+
+def test_a_zombie_has_no_start_time(sleeper: subprocess.Popen[bytes]) -> None:
+    assert pidfd.start_time(sleeper.pid) is not None
+    descriptor = pidfd.pidfd_open(sleeper.pid)
+    pidfd.send_signal(descriptor, signal.SIGKILL)
+    await_end(descriptor)
+    assert pidfd.start_time(sleeper.pid) is None
+    os.close(descriptor)
+
+
+def test_an_end_is_known_once_it_is_reaped() -> None:
+    process = subprocess.Popen(["sh", "-c", "exit 42"])
+    descriptor = pidfd.pidfd_open(process.pid)
+    await_end(descriptor)
+    assert pidfd.exit_info(descriptor) is None
+    process.wait()
+    status = pidfd.exit_info(descriptor)
+    assert status is not None
+    assert os.waitstatus_to_exitcode(status) == 42
+    with pytest.raises(ProcessLookupError):
+        pidfd.send_signal(descriptor, signal.SIGTERM)
+    os.close(descriptor)
+
+
+def test_two_descriptors_of_a_process_share_an_inode_that_is_its_own(sleeper: subprocess.Popen[bytes]) -> None:
+    ours, one, other = (pidfd.pidfd_open(pid) for pid in (os.getpid(), sleeper.pid, sleeper.pid))
+    assert pidfd.inode(one) == pidfd.inode(other) != pidfd.inode(ours)
+    for descriptor in (ours, one, other):
+        os.close(descriptor)
+
+
+def test_a_file_is_no_pidfd(sleeper: subprocess.Popen[bytes]) -> None:
+    descriptor, file = pidfd.pidfd_open(sleeper.pid), os.open("/dev/null", os.O_RDONLY)
+    assert pidfd.is_pidfd(descriptor)
+    assert not pidfd.is_pidfd(file)
+    os.close(descriptor)
+    os.close(file)
+
+
+def test_a_signal_that_is_handled_or_waited_for_is_caught(sleeper: subprocess.Popen[bytes]) -> None:
+    assert not pidfd.catches(sleeper.pid, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    assert pidfd.catches(os.getpid(), signal.SIGUSR1)
+    assert pidfd.catches(os.getpid(), signal.SIGUSR2)
+    signal.signal(signal.SIGUSR1, old)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert not pidfd.catches(os.getpid(), signal.SIGUSR1)
+
+
+def test_one_that_is_gone_catches_nothing() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert not pidfd.catches(process.pid, signal.SIGTERM)
+    assert pidfd.start_time(process.pid) is None
