@@ -89,7 +89,21 @@ def is_read_only(device: str) -> bool:
 
 
 def assert_nothing_left(site: Site, when: str) -> None:
-    assert (os.listdir(site.helpers_dir), loop.marked(site.mark_prefix)) == ([], {}), when
+    assert (os.listdir(site.helpers_dir), loops(site)) == ([], []), when
+
+
+def loops(site: Site) -> list[str]:
+    """The files of the site that loop devices stand on. Asked is sysfs: a device of a neighbour's may hang."""
+    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    return [file for file in files if file.startswith(f"{site.run_dir}/")]
+
+
+def can_be_asked(device: str) -> bool:
+    try:
+        loop.status(device)
+    except OSError:
+        return False
+    return True
 
 
 def process_texts() -> dict[str, bytes]:
@@ -121,7 +135,9 @@ def test_the_device_is_ours_by_its_mark_and_is_found_again(site: Site, ceph: Clu
     what = record(definition(ceph, image), 7)
     assert DRIVER.observe(what, site) is None
     with attached(site, what) as device:
-        assert loop.marked(site.mark_prefix) == {site.mark(what.key): device}
+        state = loop.status(device)
+        assert state is not None
+        assert state.name == site.mark(what.key)
         facts = DRIVER.observe(what, site)
         assert facts is not None
         assert (facts.device_file, f"/dev/loop{facts.device_id}") == (device, device)
@@ -301,6 +317,16 @@ def test_an_option_only_the_kernel_can_honour(site: Site, ceph: Cluster, image: 
     assert "--rbd-backend kernel" in refusal.message
 
 
+def test_a_host_without_the_storage_daemon_is_told_what_to_install(
+    site: Site, ceph: Cluster, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = definition(ceph, image)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refusal = problem(site, what)
+    assert refusal.code == 501
+    assert "qemu-block-extra" in refusal.message
+
+
 def test_a_monitor_that_is_not_there(site: Site, ceph: Cluster, image: str) -> None:
     address = free_address()
     refusal = problem(site, Rbd([address], "rbd", image))
@@ -338,7 +364,7 @@ def test_a_daemon_ended_in_use_is_cleared_away(site: Site, ceph: Cluster, image:
         (pid,) = daemons(site).values()
         os.kill(pid, number)
         wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
-        wait_until(lambda: loop.marked(site.mark_prefix) == {}, "the kernel no longer knows the file's attributes")
+        wait_until(lambda: not can_be_asked(device), "the kernel no longer knows the file's attributes")
         mount.umount(target)
         os.rmdir(target)
     assert os.listdir(site.helpers_dir) == []
@@ -359,7 +385,7 @@ def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(
 def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
     site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
     with attached(site, record(definition(ceph, image))):
         (pid,) = daemons(site).values()
         os.kill(pid, signal.SIGSTOP)
@@ -370,7 +396,7 @@ def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
 def test_a_hung_daemon_of_several_images_is_waited_for(
     site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
     first, second = (record(definition(ceph, image), number) for number in range(2))
     with attached(site, first), attached(site, second):
         (pid,) = daemons(site).values()
@@ -379,6 +405,7 @@ def test_a_hung_daemon_of_several_images_is_waited_for(
         with pytest.raises(errors.TimedOut, match=ceph.monitor):
             DRIVER.release(first, site)
         os.kill(pid, signal.SIGCONT)
+        assert DRIVER.observe(first, site) is not None
 
 
 def test_osds_that_do_not_answer_are_a_time_out_and_leave_nothing(
@@ -411,7 +438,7 @@ def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
     key = record(what).key
     source = daemon.source(key, what, site)
     storage_daemon.export(site, key, source, Deadline(20))
-    assert loop.marked(site.mark_prefix) == {}
+    assert loops(site) == []
     DRIVER.release(record(what), site)
     assert os.listdir(site.helpers_dir) == []
 

@@ -39,6 +39,9 @@ LIMIT = 20
 QUIT_TIMEOUT = 2.0
 """Seconds for a daemon without images to end by itself; then it is killed."""
 
+GREETING_TIMEOUT = 5.0
+"""Seconds after which a daemon that nobody else talks to, and that does not greet, hangs."""
+
 SECRET_ID = "key"
 """Under which a daemon has a secret while it opens an image. One at a time: the daemon is locked."""
 
@@ -80,9 +83,21 @@ def _give_up(site: Site, key: Key) -> None:
         withdraw(site, key, Deadline(QUIT_TIMEOUT), expendable=True)
 
 
+def settle(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
+    """See that whoever looks at the image's file now gets an answer, if only an error: its daemon answers, or is dead.
+    One that hangs is killed when it serves this image alone and the image is `expendable`: nothing written is lost.
+
+    Raises: TimeoutError when it hangs and may not be killed.
+    """
+    name = _daemon_of(site, key)
+    if name is None:
+        return
+    with _locked(site, name, deadline) as daemon, _killing(daemon, key, expendable=expendable):
+        daemon.greet(Deadline(GREETING_TIMEOUT))
+
+
 def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
-    """Undo `export`, or what a crash left of it; a second time it does nothing. A daemon that does not answer is
-    killed when it serves this image alone and the image is `expendable`: then nothing written can be lost.
+    """Undo `export`, or what a crash left of it; a second time it does nothing. `expendable` is as for `settle`.
 
     Raises: errors.Conflict while something still uses the file; TimeoutError when the daemon hangs.
     """
@@ -92,13 +107,20 @@ def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> N
         _remove_directory(site, key)
         return
     with _locked(site, name, deadline) as daemon:
-        try:
+        with _killing(daemon, key, expendable=expendable):
             daemon.close(_node(site, key), deadline)
-        except TimeoutError:
-            if not expendable or daemon.members() != [_directory(key)]:
-                raise
-            daemon.kill()
         _leave(site, key, daemon)
+
+
+@contextlib.contextmanager
+def _killing(daemon: Daemon, key: Key, *, expendable: bool) -> Iterator[None]:
+    """What is asked within has a deadline. A daemon that misses it is killed if that costs nobody anything."""
+    try:
+        yield
+    except TimeoutError:
+        if not expendable or daemon.members() != [_directory(key)]:
+            raise
+        daemon.kill()
 
 
 def known(site: Site, key: Key) -> bool:
@@ -185,6 +207,15 @@ class Daemon:
     def _identity(self) -> tuple[str, str]:
         """The words of its command line that no other process has."""
         return "--pidfile", f"{self.path}/pid"
+
+    def greet(self, deadline: Deadline) -> None:
+        """See that it answers, if it lives.
+
+        Raises: TimeoutError.
+        """
+        if listens(self._directory, "qmp"):
+            with contextlib.suppress(ConnectionError), self.conversation(deadline):
+                pass
 
     def close(self, node: str, deadline: Deadline) -> None:
         """Let go of one image, if a living daemon holds it."""

@@ -15,6 +15,7 @@ from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.qmp import Deadline, QmpError
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
+from imageapi.linux import loop
 from imageapi.records import Key
 from imageapi.spec import Rbd
 
@@ -52,12 +53,20 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
         return
     device = export_loop.find(site, key)
     expendable = options.read_only(definition)
-    if device is not None:
-        if not expendable and storage_daemon.standing(site, key):
-            _flush(device, storage_daemon.private_path(site, key, REFUSED))
-        block.detach_loop(device)
+    if device is not None and not loop.is_free(device):
+        raise block.busy(device)
+    deadline = Deadline(DEADLINE)
     with _explained(definition):
-        storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=expendable)
+        storage_daemon.settle(site, key, deadline, expendable=expendable)
+        if device is not None:
+            _detach(key, device, site, flush=not expendable)
+        storage_daemon.withdraw(site, key, deadline, expendable=expendable)
+
+
+def _detach(key: Key, device: str, site: Site, *, flush: bool) -> None:
+    if flush and storage_daemon.standing(site, key):
+        _flush(device, storage_daemon.private_path(site, key, REFUSED))
+    block.detach_loop(device)
 
 
 def observe(key: Key, site: Site) -> str | None:
