@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from lab.machine import Machine
 from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, running, squashfs, writable
 
 pytestmark = pytest.mark.api
@@ -21,26 +20,12 @@ pytestmark = pytest.mark.api
 OPTIONS = ("--read-timeout", "1s", "--max-body-size", "64KB")
 
 
-@pytest.fixture(scope="module")
-def shared(machine: Machine) -> Iterator[Server]:
-    """One server for all of this module: nothing that is refused may change it."""
-    run_dir = machine.session.fast / "bad-input"
-    run_dir.mkdir()
-    with contextlib.ExitStack() as stack:
-        with machine.expecting():
-            server = stack.enter_context(running(run_dir, *OPTIONS))
-        yield server
-    machine.remove(run_dir)
-
-
 @pytest.fixture
-def server(shared: Server) -> Iterator[Server]:
-    """The server, empty before and after."""
-    assert shared.everything() == []
-    yield shared
-    shared.clear()
-    assert shared.everything() == []
-    assert os.listdir(shared.run_dir / "mounts") == []
+def server(run_dir: Path) -> Iterator[Server]:
+    """A server whose patience is short. Nothing that is refused may change it."""
+    with running(run_dir, *OPTIONS) as server:
+        yield server
+        assert [one for one in server.everything() if not one["refs"]] == []
 
 
 def nested(definition: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from imageapi.errors import Problem
+from imageapi.errors import Problem, TooLarge, TooSlow
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,13 @@ class Json(Response):
 
 
 def answer(problem: Problem) -> Json:
-    """The answer that tells a problem."""
-    allow = problem.fields.get("allow")
-    return Json(problem.to_dict(), status_code=problem.code, headers={"allow": ", ".join(allow)} if allow else None)
+    """The answer that tells a problem. It is the connection's last where the request was not read to its end."""
+    headers = {}
+    if allow := problem.fields.get("allow"):
+        headers["allow"] = ", ".join(allow)
+    if isinstance(problem, TooSlow | TooLarge):
+        headers["connection"] = "close"
+    return Json(problem.to_dict(), status_code=problem.code, headers=headers)
 
 
 async def on_problem(request: Request, error: Exception) -> Response:

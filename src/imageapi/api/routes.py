@@ -92,7 +92,8 @@ class Routes:
 
         async def handler(request: Request) -> Response:
             query = Query(request, *known)
-            picture = await self._engine.delete(self._chosen(collection, query), force=query.force)
+            force = query.force
+            picture = await self._engine.delete(self._chosen(collection, query), force=force)
             return Json(views.whole(picture))
 
         return handler

@@ -205,7 +205,7 @@ class Containers:
         key = record.edges()[0]
         mount = self._graph.find(key)
         if mount is None:
-            raise Conflict(f"{key}, which {describe(record)} runs on, was deleted; delete the container, and make it again")
+            raise Conflict(f"{key}, which {describe(record)} runs on, is gone; delete the container, and make it again")
         if not standing(mount):
             raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
         return mount
@@ -256,8 +256,8 @@ class Containers:
 
     async def _sync(self, record: AnyRecord) -> str | None:
         """Have what the container wrote reach its store; what went wrong, if anything did."""
-        mount = self._graph.find(record.edges()[0])
-        for mount in self._written(mount) if mount else ():
+        root = self._graph.find(record.edges()[0])
+        for mount in self._written(root) if root else ():
             job = Job(self._jobs.store(mount), "sync", mount.facts.mountpoint)
             try:
                 await self._jobs.run(None, job, self._stop_timeout)

@@ -16,7 +16,7 @@ import msgspec
 from imageapi import spec
 from imageapi.drivers.base import Driver, driver
 from imageapi.engine.graph import Graph, describe
-from imageapi.errors import Conflict, Invalid, NotFound
+from imageapi.errors import Conflict, Invalid, NotFound, Unsupported
 from imageapi.records import AnyRecord, Key, Phase, Record
 from imageapi.spec import Attachment, Container, Mount, Object
 
@@ -77,7 +77,7 @@ class _Planner:
         if isinstance(thing, Container):
             self._check_name(thing, path)
         else:
-            self._drivers(thing.COLLECTION, thing.kind or "")
+            self._check_driver(thing, path)
         inside = path if isinstance(thing, Container) else f"{path}.{thing.kind}"
         keys = [self.place(need, inside + at, nested=True) for at, need in spec.needs_at(part)]
         return self._make_or_share(self._flatten(thing, part, keys), path, nested=nested)
@@ -169,6 +169,12 @@ class _Planner:
         return None
 
     # ---------------------------------------------------------------------------------------------- conflicts
+
+    def _check_driver(self, thing: Attachment | Mount, path: str) -> None:
+        try:
+            self._drivers(thing.COLLECTION, thing.kind or "")
+        except Unsupported as missing:
+            raise Unsupported(missing.message, path=path) from None
 
     def _check_name(self, container: Container, path: str) -> None:
         holder = self._graph.named(container.name) if container.name else None
