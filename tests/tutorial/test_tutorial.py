@@ -212,7 +212,7 @@ def served(reader: Reader) -> Reader:
 def _post(reader: Reader, collection: str, body: str) -> Any:
     filled = reader.fill_in(body)
     return json.loads(
-        reader.shell(f"curl -s -XPOST -H 'Content-type: application/json' -d @- {URL}/{collection}", stdin=filled)
+        reader.shell(f"curl -s -XPOST -H 'Content-type: application/json' --data-binary @- {URL}/{collection}", stdin=filled)
     )
 
 
