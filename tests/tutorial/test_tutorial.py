@@ -211,9 +211,8 @@ def served(reader: Reader) -> Reader:
 
 def _post(reader: Reader, collection: str, body: str) -> Any:
     filled = reader.fill_in(body)
-    return json.loads(
-        reader.shell(f"curl -s -XPOST -H 'Content-type: application/json' --data-binary @- {URL}/{collection}", stdin=filled)
-    )
+    header = "-H 'Content-type: application/json'"
+    return json.loads(reader.shell(f"curl -s -XPOST {header} --data-binary @- {URL}/{collection}", stdin=filled))
 
 
 def _nothing_is_left(reader: Reader) -> bool:
