@@ -35,10 +35,10 @@ ARROWS: dict[str, frozenset[str]] = {
 
 OUTSIDE: dict[str, frozenset[str]] = {
     "linux": frozenset(),
-    "api": frozenset({"msgspec", "starlette"}),
+    "api": frozenset({"msgspec", "starlette", "uvicorn"}),
     "client": frozenset({"msgspec", "httpx"}),
     "cli": frozenset({"msgspec", "httpx"}),
-    "server": frozenset({"msgspec", "starlette", "uvicorn", "uvloop"}),
+    "server": frozenset({"uvloop"}),
 }
 """The third-party packages of those parts that are not content with msgspec. What forks stays slim."""
 

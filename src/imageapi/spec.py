@@ -260,7 +260,7 @@ class Container(Spec, frozen=True, kw_only=True):
 
 Object = Attachment | Mount | Container
 """What a collection holds."""
-O = TypeVar("O", Attachment, Mount, Container)  # noqa: E741  (the object a function is about)
+O = TypeVar("O", bound=Attachment | Mount | Container)  # noqa: E741  (the object a function is about)
 
 COLLECTIONS: dict[str, type[Attachment | Mount | Container]] = {
     "attach": Attachment,
