@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         _check_host()
+        _raise_descriptor_limit()
         site, workers_lock = rundir.prepare(config)
         control = zygote.launch(site, keep=[workers_lock])
         os.close(workers_lock)
@@ -49,6 +51,12 @@ def _check_host() -> None:
     version = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
     if version < OLDEST_KERNEL:
         raise Problem(f"kernel {release} is too old; it needs {'.'.join(map(str, OLDEST_KERNEL))} or newer")
+
+
+def _raise_descriptor_limit() -> None:
+    """Each container costs the supervisor a few descriptors; containers themselves get the usual limits."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run(service: object) -> None:

@@ -148,8 +148,8 @@ def _good(answer: httpx.Response, code: int) -> Any:
 def running(run_dir: Path, *options: str) -> Iterator[Server]:
     """A server, and at the end nothing of it: what the test left in it is deleted."""
     server = Server(run_dir, *options)
-    server.start()
     try:
+        server.start()
         yield server
         server.clear()
         assert server.everything() == []

@@ -10,6 +10,13 @@ from imageapi.errors import Conflict
 from imageapi.linux import loop, mountinfo, users
 
 
+def marked(prefix: str) -> dict[str, str]:
+    """The loop devices whose name begins with `prefix`, by name; but for those on what a storage helper exports, a
+    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang."""
+    exports = {each.mountpoint for each in mountinfo.read(mention="fuse") if each.fstype.startswith("fuse")}
+    return loop.marked(prefix, skip=exports)
+
+
 def detach_loop(device: str, name: str | None = None) -> None:
     """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent.
 

@@ -29,7 +29,7 @@ from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descript
 from imageapi.errors import Conflict, Problem, Unsupported
 from imageapi.linux import mount, mountinfo
 from imageapi.records import Key
-from imageapi.spec import Secret
+from imageapi.spec import COLLECTIONS, Secret
 
 PROGRAM = "qemu-storage-daemon"
 PACKAGES = "qemu-storage-daemon and its rbd module (on Debian: qemu-system-common and qemu-block-extra)"
@@ -126,6 +126,12 @@ def _killing(daemon: Daemon, key: Key, *, expendable: bool) -> Iterator[None]:
 def known(site: Site, key: Key) -> bool:
     """Whether anything of an export may be there."""
     return os.path.isdir(f"{site.helpers_dir}/{_directory(key)}")
+
+
+def exports(site: Site) -> list[Key]:
+    """Every object of which an export, or a part of one, may be there."""
+    names = (name.rpartition("-") for name in os.listdir(site.helpers_dir))
+    return [Key(collection, int(number)) for collection, _, number in names if collection in COLLECTIONS]
 
 
 def standing(site: Site, key: Key) -> bool:

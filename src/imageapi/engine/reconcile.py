@@ -100,10 +100,10 @@ class Reconciler:
 
     async def _sweep(self) -> None:
         records = self._graph.all()
-        marks = {self._ledger.site.mark(record.key) for record in records}
+        keys = {record.key for record in records}
         tokens = {record.token for record in records}
         try:
-            removed = await self._jobs.run(None, Job(LOCAL_STORE, "sweep", marks, tokens))
+            removed = await self._jobs.run(None, Job(LOCAL_STORE, "sweep", keys, tokens))
         except Problem as problem:
             log.error("what is left without a record is not swept: %s", problem.message)
             return

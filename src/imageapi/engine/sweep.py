@@ -10,22 +10,27 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 
 from imageapi.config import Site
-from imageapi.linux import loop, mount, mountinfo
+from imageapi.drivers import block, storage_daemon
+from imageapi.drivers.ceph import daemon
+from imageapi.errors import Problem
+from imageapi.linux import mount, mountinfo
 from imageapi.linux.tree import remove_tree
+from imageapi.records import Key
 
 log = logging.getLogger(__name__)
 
 _OURS = re.compile(r"(mount|upper|work)_(\d{9})")
 
 
-def sweep(site: Site, marks: Collection[str], tokens: Collection[int]) -> list[str]:
-    """Remove what belongs to none of the records with these marks and tokens; what was removed, for the log.
+def sweep(site: Site, keys: Collection[Key], tokens: Collection[int]) -> list[str]:
+    """Remove what belongs to none of the records with these keys and tokens; what was removed, for the log.
 
     What cannot be removed is left, and logged by its error: the next start tries again.
     """
-    return [*_sweep_mounts(site, tokens), *_sweep_loops(site, marks)]
+    return [*_sweep_mounts(site, tokens), *_sweep_loops(site, keys), *_sweep_exports(site, keys)]
 
 
 def _sweep_mounts(site: Site, tokens: Collection[int]) -> list[str]:
@@ -46,19 +51,33 @@ def _clear_directory(path: str) -> None:
         remove_tree(path)
 
 
-def _sweep_loops(site: Site, marks: Collection[str]) -> list[str]:
+def _sweep_loops(site: Site, keys: Collection[Key]) -> list[str]:
+    marks = {site.mark(key) for key in keys}
     removed = []
-    for mark, device in loop.marked(site.mark_prefix).items():
+    for mark, device in block.marked(site.mark_prefix).items():
         if mark not in marks:
-            removed += _attempt(loop.detach, device)
+            removed += _attempt(block.detach_loop, device)
     return removed
 
 
-def _attempt(remove: Callable[[str], None], path: str) -> list[str]:
+def _sweep_exports(site: Site, keys: Collection[Key]) -> list[str]:
+    removed = []
+    for key in storage_daemon.exports(site):
+        if key not in keys:
+            removed += _attempt(partial(_abandon, key, site), f"the export of {key}")
+    return removed
+
+
+def _abandon(key: Key, site: Site, _: str) -> None:
+    daemon.abandon(key, site)
+
+
+def _attempt(remove: Callable[[str], None], what: str) -> list[str]:
+    """`what`, if it could be removed, as a list of one or none."""
     with contextlib.suppress(FileNotFoundError):
         try:
-            remove(path)
-        except OSError as error:
-            log.warning("%s has no record, and cannot be removed: %s", path, error)
+            remove(what)
+        except (OSError, Problem) as error:
+            log.warning("%s has no record, and cannot be removed: %s", what, error)
             return []
-    return [path]
+    return [what]

@@ -13,7 +13,7 @@ from imageapi.drivers import block
 from imageapi.drivers.base import LocalDriver
 from imageapi.drivers.paths import open_path, reopen
 from imageapi.errors import Invalid, Unsupported
-from imageapi.linux import loop, mountinfo, superblock
+from imageapi.linux import loop, superblock
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Loopback
 
@@ -51,14 +51,12 @@ class Driver(LocalDriver):
 
 
 def _find(record: AnyRecord, site: Site) -> str | None:
-    """The device that carries our mark: the one in the record, else, when a crash came before it was written, any;
-    but for those on what a storage helper exports, a file that is a FUSE mount: that is not ours, and may hang."""
+    """The device that carries our mark: the one in the record, else, when a crash came before it was written, any."""
     mark, known = site.mark(record.key), record.facts.device_file
     if known is not None:
         state = loop.status(known)
         return known if state is not None and state.name == mark else None
-    exports = {each.mountpoint for each in mountinfo.read(mention="fuse") if each.fstype.startswith("fuse")}
-    return loop.marked(mark, skip=exports).get(mark)
+    return block.marked(mark).get(mark)
 
 
 def _facts(device: str) -> Facts:

@@ -63,6 +63,17 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
         storage_daemon.withdraw(site, key, deadline, expendable=expendable)
 
 
+def abandon(key: Key, site: Site) -> None:
+    """Take away what is left of an image that nobody has a record of. What was written to it and not flushed is lost.
+
+    Raises: errors.Conflict while the device is in use; TimeoutError when the daemon hangs; OSError.
+    """
+    device = export_loop.find(site, key)
+    if device is not None:
+        block.detach_loop(device)
+    storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=True)
+
+
 def _detach(key: Key, device: str, site: Site, *, flush: bool) -> None:
     if flush and storage_daemon.standing(site, key):
         _flush(device, storage_daemon.private_path(site, key, REFUSED))
