@@ -128,14 +128,13 @@ class Applier:
         if running:
             await self._containers.start(record)
 
-    @staticmethod
-    def _located(problem: Problem, record: AnyRecord, claimed: Plan) -> Problem:
-        """The problem with its place in the request, and the step it happened in."""
+    def _located(self, problem: Problem, record: AnyRecord, claimed: Plan) -> Problem:
+        """The problem with its place in the request, the step it happened in, and the id of what stays behind it."""
         place = claimed.paths[record.key]
         inside = place if isinstance(record.spec, Container) else f"{place}.{record.kind}"
         fields = {"step": f"making {describe(record)}", **problem.fields}
         fields["path"] = inside + str(problem.fields.get("path", "")).removeprefix("$")
-        if isinstance(problem, TimedOut):
+        if self._jobs.returned(record.key):
             fields["id"] = record.id
         return type(problem)(problem.message, **fields)
 

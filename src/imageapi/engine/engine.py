@@ -154,7 +154,7 @@ class Engine:
         if not using:
             return
         names = [describe(holder) for holder in using]
-        hint = "delete those first" if force else "delete those first, and it goes with the last of them"
+        hint = "delete those first" if record.pinned else "it goes with the last of those"
         raise Conflict(f"{describe(record)} is held by {', '.join(names)}; {hint}", holders=names)
 
     def _uses(self, holder: AnyRecord) -> bool:
