@@ -25,6 +25,7 @@ SYS_clone3 = 435
 SYS_openat2 = 437
 SYS_mount_setattr = 442
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
+SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
 """-1 elsewhere, which the kernel answers with ENOSYS."""
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,10 +1,10 @@
-"""What a process can say of itself: its name, its descriptors, whom it dies with. See prctl(2)."""
+"""What a process can say of itself: its name, its descriptors, its signals, whom it dies with. See prctl(2)."""
 
 from __future__ import annotations
 
 import os
 
-from imageapi.linux.libc import check, libc
+from imageapi.linux.libc import SYS_rt_sigaction, check, libc, syscall
 
 PR_SET_PDEATHSIG = 1
 
@@ -30,3 +30,21 @@ def close_all_but(*kept: int) -> None:
         os.closerange(low, descriptor)
         low = max(low, descriptor + 1)
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+_SIGSET_SIZE = 8
+_DEFAULT = bytes(32)
+"""struct sigaction as the kernel has it: SIG_DFL, no flags, nothing masked."""
+
+
+def ignored_signals() -> list[int]:
+    """The signals this process ignores, those among them that the C library keeps for itself."""
+    with open("/proc/self/status", "rb") as file:
+        mask = next(int(line.split()[1], 16) for line in file if line.startswith(b"SigIgn:"))
+    return [number for number in range(1, 65) if mask >> (number - 1) & 1]
+
+
+def reset_signal(number: int) -> None:
+    """Give a signal its default action again. The C library refuses this for 32 and 33, which are its own, but a
+    process that ignores them hands that on to whatever it executes: so the kernel is asked (rt_sigaction(2))."""
+    syscall(SYS_rt_sigaction, number, _DEFAULT, None, _SIGSET_SIZE)

@@ -166,7 +166,7 @@ def _forget_supervisor(given: Inheritance) -> None:
     for limit, (soft, hard) in LIMITS:
         _limit(limit, soft, hard)
     for number in given.ignored:
-        signal.signal(number, signal.SIG_DFL)
+        process.reset_signal(number)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

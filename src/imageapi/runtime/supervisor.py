@@ -12,7 +12,6 @@ import fcntl
 import gc
 import os
 import resource
-import signal
 import socket
 import time
 import traceback
@@ -127,7 +126,7 @@ def _surroundings(site: Site) -> Surroundings:
             directory=directory,
             logs=log_directory,
             groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
-            ignored=[number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN],
+            ignored=process.ignored_signals(),
             adjust_oom=_read("/proc/self/oom_score_adj") != "0",
         ),
         keep=Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor"),
