@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab.server import Server, box, eventually, image, squashfs
 
 from imageapi.linux import loop
+from lab.server import Server, box, eventually, image, squashfs
 
 pytestmark = pytest.mark.api
 
