@@ -21,6 +21,8 @@ from imageapi.config import Config
 from imageapi.errors import Conflict, Exhausted, HeadersTooLarge, Invalid, Malformed, Problem, TooSlow
 
 BACKLOG = 2048
+LOCALHOST = [(int(socket.AF_INET), "127.0.0.1"), (int(socket.AF_INET6), "::1")]
+"""What localhost is, also where no file says so (RFC 6761, 6.3)."""
 
 
 class Listeners:
@@ -118,11 +120,7 @@ def _addresses(config: Config) -> list[tuple[int, str]]:
 
     Raises: Invalid, when there is none, or when plain http would be heard beyond loopback.
     """
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise Invalid(f"--host {config.host}: {error.strerror or error}") from error
-    addresses = list(dict.fromkeys((int(family), str(address[0])) for family, _, _, _, address in found))
+    addresses = LOCALHOST if config.host == "localhost" else _resolve(config.host)
     beyond = [address for _, address in addresses if not is_loopback(address)]
     if beyond and not config.insecure_http:
         raise Invalid(
@@ -133,6 +131,14 @@ def _addresses(config: Config) -> list[tuple[int, str]]:
     if not usable:
         raise Invalid(f"--host {config.host}: this machine does not have the address {addresses[0][1]}")
     return usable
+
+
+def _resolve(host: str) -> list[tuple[int, str]]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise Invalid(f"--host {host}: {error.strerror or error}") from error
+    return list(dict.fromkeys((int(family), str(address[0])) for family, _, _, _, address in found))
 
 
 def _can_bind(family: int, address: str) -> bool:
