@@ -13,7 +13,8 @@ import resource
 import signal
 import socket
 import sys
-from typing import NoReturn
+from collections.abc import Coroutine
+from typing import Any, NoReturn
 
 from imageapi import __version__
 from imageapi.config import Config, Site, parse
@@ -59,10 +60,10 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _run(service: object) -> None:
+def _run(service: Coroutine[Any, Any, None]) -> None:
     import uvloop
 
-    uvloop.run(service)  # type: ignore[arg-type]
+    uvloop.run(service)
 
 
 async def _serve(config: Config, site: Site, control: socket.socket) -> None:
@@ -77,12 +78,22 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await engine.start()
+        await _unless(stop, engine.start())
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
         await listeners.serve(app(engine, config), stop)
     finally:
         listeners.close()
         await engine.stop()
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, but leave off when `stop` comes first."""
+    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if working.done():
+        working.result()
+    working.cancel()
 
 
 if __name__ == "__main__":

@@ -89,3 +89,15 @@ def test_a_second_server_on_the_same_directory_is_refused(server: Server, tmp_pa
     assert second.returncode == 1
     assert f"in use by process {server.pid}" in second.stderr
     assert server.get("/container") == []
+
+
+def test_a_server_whose_supervisor_cannot_work_says_so_and_ends(run_dir: Path) -> None:
+    """Something lies where the supervisor keeps its things: that is a sentence at the start, not a hang later."""
+    (run_dir / "supervisor").mkdir()
+    (run_dir / "supervisor" / "keep").write_text("in the way")
+    options = ("--run-dir", str(run_dir), "--socket-path", str(run_dir / "socket"))
+    ended = subprocess.run([sys.executable, "-m", "imageapi.server", *options], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("imageapi-server: the supervisor does not work")
+    assert str(run_dir / "supervisor" / "log") in ended.stderr
+    assert not (run_dir / "socket").exists()

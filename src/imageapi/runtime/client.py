@@ -140,6 +140,7 @@ class Supervisor:
         self._unwanted: set[tuple[int, int]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._launched = float("-inf")
         self.pid: int | None = None
 
     async def connect(self) -> list[Life]:
@@ -212,19 +213,30 @@ class Supervisor:
     # ---------------------------------------------------------------------------------------------------- calls
 
     async def _call(self, request: Request, kind: type[A]) -> A:
-        """The answer to a request that can be made twice: a supervisor that dies over it is asked again."""
-        while True:
+        """The answer to a request that can be made twice: a supervisor that dies over it is asked again, for as long
+        as one call may take."""
+        deadline = asyncio.get_running_loop().time() + CALL_TIMEOUT
+        while (left := deadline - asyncio.get_running_loop().time()) > 0:
             with contextlib.suppress(_Lost):
-                return _expect(await self._ask(request, None, CALL_TIMEOUT), kind)
+                return _expect(await self._ask(request, None, left), kind)
+        raise errors.TimedOut(self._silence(request, CALL_TIMEOUT))
 
     async def _ask(self, request: Request, descriptor: int | None, timeout: float) -> Answer:
-        what = type(request).__name__.lower()
         try:
             async with asyncio.timeout(timeout):
                 connection = await asyncio.shield(self._connected())
                 return await connection.ask(request, descriptor)
         except TimeoutError:
-            raise errors.TimedOut(f"the supervisor did not answer '{what}' in {timeout:g}s") from None
+            raise errors.TimedOut(self._silence(request, timeout)) from None
+
+    def _silence(self, request: Request, timeout: float) -> str:
+        """What to say of a supervisor that does not answer: its log's last line may tell why."""
+        path = f"{self._site.supervisor_dir}/{protocol.LOG}"
+        with contextlib.suppress(OSError), open(path, errors="replace") as log:
+            last = log.read().strip().rpartition("\n")[2]
+            if last:
+                return f"the supervisor does not work: {last}; see {path}"
+        return f"the supervisor did not answer '{type(request).__name__.lower()}' in {timeout:g}s; see {path}"
 
     def _connected(self) -> asyncio.Task[_Connection]:
         """The connection, or the attempt to have one."""
@@ -246,7 +258,6 @@ class Supervisor:
     async def _find(self) -> socket.socket:
         """The supervisor's end, once it listens; it is launched until it does."""
         loop = asyncio.get_running_loop()
-        launched = -RELAUNCH
         while True:
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             try:
@@ -254,9 +265,9 @@ class Supervisor:
                 return channel
             except OSError:
                 channel.close()
-            if loop.time() - launched >= RELAUNCH:
+            if loop.time() - self._launched >= RELAUNCH:
                 self._launch()
-                launched = loop.time()
+                self._launched = loop.time()
             await asyncio.sleep(PAUSE)
 
     def _reach(self, channel: socket.socket) -> None:

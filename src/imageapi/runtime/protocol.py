@@ -17,7 +17,8 @@ MESSAGE = 192 << 10
 PAGE = 500
 """How many lives an answer holds."""
 SOCKET = "socket"
-"""The socket's name in the supervisor's directory."""
+LOG = "log"
+"""The names in the supervisor's directory of its socket, and of what it says of its own bugs."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

@@ -49,6 +49,8 @@ from imageapi.runtime.protocol import (
 )
 
 BACKLOG = 16
+LONGEST_LOG = 1 << 20
+"""Bytes of bug reports that are kept from one supervisor to the next."""
 FIRST_CLIENT = 10.0
 """Seconds for the server that had us launched to come."""
 IDLE = 0.2
@@ -77,7 +79,9 @@ def run(site: Site) -> NoReturn:
 def _open_standard_files(site: Site) -> None:
     """No input; what goes to stdout and stderr is for whoever looks for a bug."""
     null = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(f"{site.supervisor_dir}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(f"{site.supervisor_dir}/{protocol.LOG}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if os.fstat(log).st_size > LONGEST_LOG:
+        os.truncate(log, 0)
     for ours, number in ((null, 0), (log, 1), (log, 2)):
         os.dup2(ours, number)
     process.close_all_but()
@@ -103,6 +107,7 @@ def _work(site: Site) -> None:
     listener = _listen(site)
     supervisor = Supervisor(_surroundings(site), listener)
     supervisor.adopt()
+    listener.listen(BACKLOG)
     gc.collect()
     gc.freeze()
     supervisor.serve()
@@ -146,14 +151,13 @@ def _read(path: str) -> str:
 
 
 def _listen(site: Site) -> socket.socket:
-    """The socket for servers, in place of a dead supervisor's. Its path goes by a descriptor: it may be longer than a
-    socket's address (unix(7), 108 bytes)."""
+    """The socket for servers, in place of a dead supervisor's; nobody is let in yet. Its path goes by a descriptor:
+    it may be longer than a socket's address (unix(7), 108 bytes)."""
     directory = os.open(site.supervisor_dir, _DIRECTORY)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(protocol.SOCKET, dir_fd=directory)
     listener.bind(f"/proc/self/fd/{directory}/{protocol.SOCKET}")
-    listener.listen(BACKLOG)
     os.close(directory)
     return listener
 
