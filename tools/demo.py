@@ -135,7 +135,11 @@ class Demo:
         return said
 
     def _curl(self, command: str) -> Any:
-        return json.loads(self._run(f"{command} | jq"))
+        said = self._run(f"{command} | jq")
+        try:
+            return json.loads(said)
+        except json.JSONDecodeError:
+            raise SystemExit("that is no answer of the server's; if it has ended, its words are above") from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         answer = self._curl(f"curl -s -XPOST {JSON} -d {shlex.quote(json.dumps(body))} {self._url}/{path}")

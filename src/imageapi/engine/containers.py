@@ -68,7 +68,8 @@ class Containers:
 
     async def leave(self) -> None:
         """Leave the supervisor, which goes on while a container runs, and ends with us when there is none."""
-        if not any(self.active(record) for record in self._graph.all("container")):
+        needed = any(self.active(record) for record in self._graph.all("container"))
+        if not needed and self._supervisor.pid is not None:
             try:
                 await self._supervisor.quit()
             except Problem as problem:
