@@ -288,6 +288,13 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[[^\]]*\]")
 
 
+_FORMS = {
+    "name": "A name is 1 to 255 letters, digits, '.', '_' and '-', and neither . nor ..",
+    "sha256": "A SHA-256 is 64 hexadecimal digits",
+}
+"""What to say of a field that is not of its form."""
+
+
 def _convert(raw: Raw, target: Any) -> Any:
     """`raw` as a spec. Raises: errors.Invalid with the canonical path and a remedy."""
     try:
@@ -297,6 +304,8 @@ def _convert(raw: Raw, target: Any) -> Any:
         message, path = (match[1], match[2] or "$") if match else (str(error), "$")
         if unknown := _UNKNOWN.match(message):
             message = _unknown_field(unknown[1], target, path)
+        elif "matching regex" in message:
+            message = _FORMS.get(path.rpartition(".")[2], "It must not be empty or hold a NUL")
         raise Invalid(message[0].lower() + message[1:], path=path) from None
 
 

@@ -1,0 +1,254 @@
+"""The two dialects: every form that the contract names becomes the canonical one, or is refused in its own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from imageapi import spec
+from imageapi.api import dialects, views
+from imageapi.engine.graph import Graph
+from imageapi.engine.plan import Plan, plan
+from imageapi.errors import Conflict, Invalid, Problem, Unsupported
+from imageapi.records import Phase, Run
+from imageapi.spec import MASK, Attach, Attachment, Container, Loopback, Mount, Object, Overlay, Rbd
+from pure.nests import answers, container, on, overlay, rbd, things
+
+pytestmark = pytest.mark.pure
+
+RBD: dict[str, Any] = {"monitors": ["127.0.0.1"], "pool": "rbd", "image": "image", "options": {"ro": True}}
+CANONICAL = on(rbd())
+LOOP: dict[str, Any] = {"path": "/a", "base": "root"}
+FLAT = {"fs_type": "squashfs", "rbd": RBD}
+
+
+def read(collection: str, body: Any, kind: str | None = None) -> Object:
+    return dialects.read(collection, body, kind).thing
+
+
+def refuse(collection: str, body: Any, kind: str | None = None, problem: type[Problem] = Invalid) -> Problem:
+    with pytest.raises(problem) as caught:
+        dialects.read(collection, body, kind)
+    return caught.value
+
+
+SAME_MOUNT: dict[str, tuple[Any, str | None]] = {
+    "canonical": ({"kind": "attach", "attach": {"fs_type": "squashfs", "attach": {"kind": "rbd", "rbd": RBD}}}, None),
+    "without kinds": ({"attach": {"fs_type": "squashfs", "attach": {"rbd": RBD}}}, None),
+    "a kind beside": ({"attach": {"fs_type": "squashfs", "kind": "rbd", "attach": {"rbd": RBD}}}, None),
+    "by the attachment's kind": ({"kind": "rbd", "rbd": FLAT}, None),
+    "by the attachment's kind alone": ({"rbd": FLAT}, None),
+    "a kind in the flat": ({"kind": "rbd", "rbd": {"kind": "rbd", **FLAT}}, None),
+    "on the kind's route": (FLAT, "rbd"),
+    "on the route of attach": ({"fs_type": "squashfs", "attach": {"kind": "rbd", "rbd": RBD}}, "attach"),
+    "with nulls": ({"kind": "rbd", "overlay": None, "rbd": {**FLAT, "mount_options": None, "rbd_id": None}}, None),
+    "with what the server sets": (
+        {"kind": "rbd", "refs": 7, "mountpoint": "/m", "problem": "p",
+         "rbd": {**FLAT, "mountpoint": "/m", "rbd": {**RBD, "device_id": 3, "refs": 1, "device_file": "/dev/rbd0"}}},
+        None,
+    ),
+    "with empty strings": (
+        {"rbd": {**FLAT, "rbd": {**RBD, "snapshot": "", "options": {"ro": True, "name": ""}}}},
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_MOUNT)
+def test_all_ways_to_say_one_mount_are_one(name: str) -> None:
+    body, kind = SAME_MOUNT[name]
+    assert read("mount", body, kind) == CANONICAL
+
+
+REFERENCES: dict[str, Any] = {
+    "an object": {"id": 3},
+    "a bare number": 3,
+    "v0.1's": {"mount_id": 3},
+    "both alike": {"id": 3, "mount_id": 3},
+    "with what the server sets": {"id": 3, "refs": 2, "mountpoint": "/m"},
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_all_ways_to_refer_to_a_mount_are_one(name: str) -> None:
+    assert read("mount", {"lower": [REFERENCES[name]]}, "overlay") == overlay(Mount(id=3))
+    assert read("container", {"mount": REFERENCES[name], "command": "/x"}) == Container(mount=Mount(id=3), command="/x")
+
+
+def test_beside_an_id_a_definition_is_not_read_but_for_its_kind() -> None:
+    whole = {"id": 3, "kind": "overlay", "overlay": {"no such field": MASK}}
+    assert read("mount", {"lower": [whole]}, "overlay") == overlay(Mount(id=3, kind="overlay"))
+    assert read("mount", {"lower": [{"id": 3, "overlay": {}}]}, "overlay") == overlay(Mount(id=3, kind="overlay"))
+    problem = refuse("mount", {"lower": [{"id": 3, "kind": "bind", "overlay": {}}]}, "overlay")
+    assert problem.fields["path"] == "$.lower[0].kind"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"rbd_id": 5, "fs_type": "squashfs"}, {"id": 5, "fs_type": "squashfs"}, {"rbd": {"id": 5}, "fs_type": "squashfs"},
+     {"rbd": 5, "fs_type": "squashfs"}, {"rbd_id": 5, "rbd": {"unread": True}, "fs_type": "squashfs"}],
+)  # fmt: skip
+def test_the_flat_attach_mount_names_its_attachment(body: dict[str, Any]) -> None:
+    assert read("mount", body, "rbd") == on(Attachment(id=5, kind="rbd"))
+
+
+def test_in_a_nested_flat_an_id_is_not_the_attachments() -> None:
+    problem = refuse("mount", {"lower": [{"kind": "rbd", "rbd": {"id": 0, "fs_type": "squashfs"}}]}, "overlay")
+    assert (problem.fields["path"], "rbd_id" in problem.message) == ("$.lower[0].rbd", True)
+
+
+@pytest.mark.parametrize("kind", dialects.ATTACHMENTS)
+def test_every_attachment_kind_is_a_mount_too(kind: str) -> None:
+    thing = read("mount", {"kind": kind, kind: {"fs_type": "ext4", f"{kind}_id": 1}})
+    assert thing == Mount(kind="attach", attach=Attach(attach=Attachment(id=1, kind=kind), fs_type="ext4"))
+
+
+def test_the_iscsi_commands_have_two_spellings() -> None:
+    base = {"initiator": "a", "target": "b", "host": "c"}
+    for spelling in ("max_comands", "max_commands"):
+        thing = read("attach", {**base, spelling: 7}, "iscsi")
+        assert isinstance(thing, Attachment)
+        assert thing.iscsi is not None
+        assert thing.iscsi.max_comands == 7
+
+
+def test_a_loop_device_within_a_mount() -> None:
+    inner = {"path": "/image", "base": "mount", "mount": {"kind": "rbd", "rbd": FLAT}}
+    wanted = Attachment(kind="loopback", loopback=Loopback(path="/image", base="mount", mount=CANONICAL))
+    assert read("attach", inner, "loopback") == wanted
+    assert read("attach", {"loopback": inner}) == wanted
+
+
+REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
+    # name: collection, body, kind, path, words
+    "no object": ("mount", [], None, "$", "array"),
+    "an id at the top": ("mount", {"id": 3, "rbd": FLAT}, None, "$.id", "leave it out"),
+    "an id at the top of a kind": ("attach", {"id": 3, **LOOP}, "loopback", "$.id", "leave it out"),
+    "an id beside the attachment's": ("mount", {"id": 3, "rbd_id": 1, "fs_type": "x"}, "rbd", "$.id", "rbd_id"),
+    "two ids that differ": ("mount", {"lower": [{"id": 1, "mount_id": 2}]}, "overlay", "$.lower[0].mount_id", "differ"),
+    "nothing": ("mount", {}, None, "$", "kinds are"),
+    "no definition": ("mount", {"kind": "overlay"}, None, "$", "'overlay'"),
+    "two definitions": ("mount", {"rbd": FLAT, "overlay": {"lower": [1]}}, None, "$", "one kind only"),
+    "another's definition": ("mount", {"kind": "rbd", "rbd": FLAT, "overlay": {}}, None, "$.overlay", "not belong"),
+    "an unknown kind": ("mount", {"kind": "overlai", "overlai": {}}, None, "$.kind", "did you mean 'overlay'"),
+    "another attachment's kind": ("mount", {"rbd": {**FLAT, "kind": "iscsi"}}, None, "$.rbd.kind", "iscsi"),
+    "a kind that does not agree": (
+        "mount", {"attach": {"fs_type": "x", "kind": "iscsi", "attach": {"rbd": RBD}}}, None, "$.attach.kind", "rbd"),
+    "an unknown field": ("mount", {**FLAT, "fstype": "x"}, "rbd", "$", "did you mean 'fs_type'"),
+    "an unknown field, deep": (
+        "mount", {"lower": [{"rbd": {**FLAT, "rbd": {**RBD, "imge": "i"}}}]}, "overlay", "$.lower[0].rbd.rbd",
+        "did you mean 'image'"),
+    "an unknown option": ("attach", {**RBD, "options": {"readonly": True}}, "rbd", "$.options", "readonly"),
+    "a missing field": ("attach", {"path": "/a"}, "loopback", "$", "base"),
+    "a wrong type": ("mount", {"rbd": {**FLAT, "rbd": {**RBD, "pool": 3}}}, None, "$.rbd.rbd.pool", "str"),
+    "a wrong type in a list": ("attach", {**RBD, "monitors": ["a", 3]}, "rbd", "$.monitors[1]", "str"),
+    "no monitors": ("attach", {**RBD, "monitors": []}, "rbd", "$.monitors", ""),
+    "no lower": ("mount", {"lower": []}, "overlay", "$.lower", ""),
+    "a boolean for an id": ("mount", {"lower": [True]}, "overlay", "$.lower[0]", "object"),
+    "too large an id": ("mount", {"lower": [{"id": 2**31}]}, "overlay", "$.lower[0].id", "2147483647"),
+    "a masked secret": ("attach", {**RBD, "options": {"secret": MASK}}, "rbd", "$.options.secret", "by id"),
+    "a secret that is none": ("attach", {**RBD, "options": {"secret": "%%%"}}, "rbd", "$.options.secret", "base64"),
+    "a masked CHAP secret": (
+        "attach", {"initiator": "a", "target": "b", "host": "c", "chap": {"user": "u", "secret": MASK}}, "iscsi",
+        "$.chap.secret", "by id"),
+    "no mount for its base": ("attach", {"path": "/a", "base": "mount"}, "loopback", "$.mount", "say which"),
+    "a mount for the root": ("mount", {**LOOP, "mount": 1}, "bind", "$.mount", "leave 'mount' out"),
+    "a relative path": ("attach", {"path": "a", "base": "root"}, "loopback", "$.path", "absolute"),
+    "a bad name": ("container", {"mount": 1, "command": "/x", "name": "a/b"}, None, "$.name", "letters, digits"),
+    "a state": ("container", {"mount": 1, "command": "/x", "state": "exited"}, None, "$.state", "running"),
+    "no command": ("container", {"mount": 1, "command": ""}, None, "$.command", ">= 1"),
+    "a NUL in a path": ("attach", {"path": "/a\0b", "base": "root"}, "loopback", "$.path", "NUL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named_in_the_clients_own_place(name: str) -> None:
+    collection, body, kind, path, words = REFUSED[name]
+    problem = refuse(collection, body, kind)
+    assert (problem.fields["path"], words in problem.message) == (path, True), problem.message
+
+
+@pytest.mark.parametrize("namespaces", [None, ["mnt", "pid", "uts", "ipc"], ["ipc", "mnt", "pid", "uts"]])
+def test_the_default_namespaces_are_taken(namespaces: list[str] | None) -> None:
+    read("container", {"mount": 1, "command": "/x", "namespaces": namespaces})
+
+
+@pytest.mark.parametrize("namespaces", [[], ["net"], ["mnt", "pid", "uts", "ipc", "net"], ["mnt", "mnt", "pid", "uts"]])
+def test_other_namespaces_are_not_there_yet(namespaces: list[str]) -> None:
+    body = {"mount": 1, "command": "/x", "namespaces": namespaces}
+    assert refuse("container", body, problem=Unsupported).fields["path"] == "$.namespaces"
+
+
+def test_a_bomb_of_nests_is_refused() -> None:
+    body: Any = {"id": 1}
+    for _ in range(5000):
+        body = {"kind": "overlay", "overlay": {"lower": [body]}}
+    assert "nested" in refuse("mount", body).message
+
+
+# -------------------------------------------------------------------------------------------------- the way back
+
+
+def _made(thing: Object) -> tuple[Graph, Plan]:
+    graph = Graph()
+    planned = plan(thing, graph, iter(range(10**6)).__next__, answers)
+    assert isinstance(planned, Plan)
+    for record in planned.steps:
+        record.phase = Phase.LIVE
+        if isinstance(record.spec, Container):
+            record.run = Run(created_at="2026-01-01T00:00:00Z")
+        graph.add(record)
+    planned.root.pinned = True
+    return graph, planned
+
+
+def _without_ids(view: Any) -> Any:
+    """A view as a definition of new objects: with the ids it would refer to what is there."""
+    if isinstance(view, dict):
+        return {name: _without_ids(value) for name, value in view.items() if name not in ("id", "state")}
+    return [_without_ids(item) for item in view] if isinstance(view, list) else view
+
+
+@given(things)
+def test_what_is_shown_whole_can_be_sent_back(thing: Object) -> None:
+    try:
+        graph, planned = _made(thing)
+    except Conflict:
+        return
+    view = views.whole(graph.picture(planned.root.key))
+    again = read(planned.root.key.collection, _without_ids(view))
+    second = plan(again, Graph(), iter(range(10**6)).__next__, answers)
+    assert isinstance(second, Plan)
+    assert [record.spec for record in second.steps] == [record.spec for record in planned.steps]
+
+
+def test_the_flat_form_has_plain_ids() -> None:
+    graph, planned = _made(container(overlay(on(rbd()))))
+    attachment, mount, top, box = (graph.picture(record.key) for record in planned.steps)
+    assert views.flat(attachment, "rbd") == {"id": 0, **RBD, "refs": 1}
+    flat = {"id": 0, "fs_type": "squashfs", "mount_options": [], "refs": 1}
+    assert views.flat(mount, "rbd") == {**flat, "rbd_id": 0}
+    assert views.flat(mount, "attach") == {**flat, "attach": 0}
+    assert views.flat(top, "overlay") == {"id": 1, "lower": [0], "refs": 1}
+    shown = views.whole(box)
+    nulls = ("pid", "exit_code", "started_at", "finished_at", "namespaces")
+    assert [shown[name] for name in nulls] == [None] * len(nulls)
+    assert "problem" not in shown
+
+
+def test_secrets_are_never_shown() -> None:
+    body = {**RBD, "options": {"secret": "c2VjcmV0"}}
+    graph, planned = _made(read("mount", {"fs_type": "squashfs", "rbd": body}, "rbd"))
+    for record in planned.steps:
+        picture = graph.picture(record.key)
+        for view in (views.whole(picture), views.flat(picture, record.kind)):
+            assert "c2VjcmV0" not in str(view)
+    assert views.flat(graph.picture(planned.steps[0].key), "rbd")["options"]["secret"] == MASK
+
+
+def test_every_kind_of_the_contract_is_known() -> None:
+    assert set(spec.kinds(Attachment)) == {"rbd", "loopback", "local", "iscsi"}
+    assert set(spec.kinds(Mount)) == {"attach", "overlay", "bind", "nfs", "uri"}
+    assert {spec.kinds(Mount)["overlay"], spec.kinds(Attachment)["rbd"]} == {Overlay, Rbd}
