@@ -198,6 +198,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, limits: Config) -> None:
         super().__init__(*arguments)
         self._limits = limits
+        self._chunk = 0
         self._head_size = 0
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -216,8 +217,8 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._head_timer is not None:
-            self._head_size += len(data)
+        self._chunk = len(data)
+        self._head_size += len(data)
         super().data_received(data)
         if self._head_timer is not None and self._head_size > self._limits.max_header_size:
             self._refuse(HeadersTooLarge(f"the header is larger than {self._limits.max_header_size} bytes"))
@@ -225,6 +226,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_head()
+        self._head_size = self._chunk  # what came with its first byte may be another's: a bound, not a measure
 
     def on_headers_complete(self) -> None:
         self._head_has_come()
@@ -246,11 +248,14 @@ class Protocol(HttpToolsProtocol):
         self._refuse(Malformed("this is no HTTP/1.1 request"))
 
     def _await_head(self) -> None:
-        self._head_has_come()
+        self._stop_waiting()
         self._head_timer = self.loop.call_later(self._limits.read_timeout, self._head_is_late)
 
     def _head_has_come(self) -> None:
         self._head_size = 0
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
