@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import stat
 import subprocess
@@ -125,6 +126,16 @@ def test_a_slow_body_is_cut_off(tcp: Tcp) -> None:
     for rest in (b"Content-Length: 10\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
         answer = tcp.say(head + rest)
         assert (answer.status, answer.headers["connection"]) == (408, "close")
+
+
+def test_a_client_that_does_not_read_is_let_go(run_dir: Path) -> None:
+    """It asks for a long answer and does not take it: its connection ends."""
+    with running(run_dir, "--write-timeout", "300ms") as server, socket.socket(socket.AF_UNIX) as deaf:
+        deaf.connect(str(server.socket))
+        deaf.sendall(f"GET /{'x' * 900_000} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        hung_up = select.poll()
+        hung_up.register(deaf, 0)
+        assert hung_up.poll(20_000), "the server has closed its end"
 
 
 def test_a_body_in_pieces(tcp: Tcp) -> None:

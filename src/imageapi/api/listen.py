@@ -201,6 +201,7 @@ class Protocol(HttpToolsProtocol):
         self._chunk = 0
         self._head_size = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -212,7 +213,22 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_has_come()
+        self._write_has_gone()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read its answer: it has so long to go on."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._limits.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._write_has_gone()
+        super().resume_writing()
+
+    def _write_has_gone(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
