@@ -136,12 +136,12 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "another attachment's kind": ("mount", {"rbd": {**FLAT, "kind": "iscsi"}}, None, "$.rbd.kind", "iscsi"),
     "a kind that does not agree": (
         "mount", {"attach": {"fs_type": "x", "kind": "iscsi", "attach": {"rbd": RBD}}}, None, "$.attach.kind", "rbd"),
-    "an unknown field": ("mount", {**FLAT, "fstype": "x"}, "rbd", "$", "did you mean 'fs_type'"),
+    "an unknown field": ("mount", {**FLAT, "fstype": "x"}, "rbd", "$.fstype", "did you mean 'fs_type'"),
     "an unknown field, deep": (
-        "mount", {"lower": [{"rbd": {**FLAT, "rbd": {**RBD, "imge": "i"}}}]}, "overlay", "$.lower[0].rbd.rbd",
+        "mount", {"lower": [{"rbd": {**FLAT, "rbd": {**RBD, "imge": "i"}}}]}, "overlay", "$.lower[0].rbd.rbd.imge",
         "did you mean 'image'"),
-    "an unknown option": ("attach", {**RBD, "options": {"readonly": True}}, "rbd", "$.options", "readonly"),
-    "a missing field": ("attach", {"path": "/a"}, "loopback", "$", "base"),
+    "an unknown option": ("attach", {**RBD, "options": {"readonly": True}}, "rbd", "$.options.readonly", "readonly"),
+    "a missing field": ("attach", {"path": "/a"}, "loopback", "$.base", "missing"),
     "a wrong type": ("mount", {"rbd": {**FLAT, "rbd": {**RBD, "pool": 3}}}, None, "$.rbd.rbd.pool", "str"),
     "a wrong type in a list": ("attach", {**RBD, "monitors": ["a", 3]}, "rbd", "$.monitors[1]", "str"),
     "no monitors": ("attach", {**RBD, "monitors": []}, "rbd", "$.monitors", ""),
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "a relative path": ("attach", {"path": "a", "base": "root"}, "loopback", "$.path", "absolute"),
     "a bad name": ("container", {"mount": 1, "command": "/x", "name": "a/b"}, None, "$.name", "letters, digits"),
     "a state": ("container", {"mount": 1, "command": "/x", "state": "exited"}, None, "$.state", "running"),
-    "no command": ("container", {"mount": 1, "command": ""}, None, "$.command", ">= 1"),
+    "no command": ("container", {"mount": 1, "command": ""}, None, "$.command", "empty"),
     "a NUL in a path": ("attach", {"path": "/a\0b", "base": "root"}, "loopback", "$.path", "NUL"),
 }  # fmt: skip
 

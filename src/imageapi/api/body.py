@@ -1,44 +1,54 @@
-"""The body of a request: read within limits, and decoded, or refused with the place."""
+"""The body of a request: read within its limit, and decoded, or refused with the place.
+
+How long it may take is the connection's matter (`listen`). Of a name that an object has twice the last value counts.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from typing import Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from imageapi.api.problems import JSON
-from imageapi.errors import Malformed, TooLarge, TooSlow, UnsupportedMedia
+from imageapi.errors import Malformed, TooLarge, UnsupportedMedia
 
 
-async def read(request: Request, *, limit: int, timeout: float) -> Any:
-    """The JSON of the request. `limit` is in bytes, `timeout` in seconds.
+def check_type(request: Request) -> None:
+    """A body is JSON, also where nobody reads it: so no form of a web page is a request (with GET and HEAD a body
+    means nothing, RFC 9110, 9.3.1).
 
-    Raises: errors.UnsupportedMedia, TooLarge, TooSlow, Malformed; starlette's ClientDisconnect.
+    Raises: errors.UnsupportedMedia.
+    """
+    headers = request.headers
+    if request.method in ("GET", "HEAD") or not _has_body(request):
+        return
+    if headers.get("content-type", "").split(";")[0].strip().lower() != JSON:
+        raise UnsupportedMedia(f"send the body as JSON, with the header Content-Type: {JSON}")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("send the body as it is, without a Content-Encoding")
+
+
+def _has_body(request: Request) -> bool:
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
+async def read(request: Request, limit: int) -> Any:
+    """The JSON of the request, which may have `limit` bytes.
+
+    Raises: errors.TooLarge, Malformed; starlette's ClientDisconnect.
     """
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
-    data = await _receive(request, limit, timeout)
-    if data and request.headers.get("content-type", "").split(";")[0].strip().lower() != JSON:
-        raise UnsupportedMedia(f"send the body as JSON, with the header Content-Type: {JSON}")
-    return decode(data)
-
-
-async def _receive(request: Request, limit: int, timeout: float) -> bytes:
     data = bytearray()
-    try:
-        async with asyncio.timeout(timeout):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
-                    raise _too_large(limit)
-    except TimeoutError:
-        raise TooSlow(f"the body did not arrive within {timeout:g}s; send it at once") from None
-    return bytes(data)
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise _too_large(limit)
+    return decode(bytes(data))
 
 
 def _too_large(limit: int) -> TooLarge:
@@ -55,37 +65,42 @@ def decode(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except RecursionError:
-        raise Malformed("the body is nested too deeply") from None
+        raise Malformed("the body is nested too deeply to be read") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Malformed(_locate(data, str(error))) from None
 
 
 def _locate(data: bytes, complaint: str) -> str:
-    """What is wrong, and where. The standard library's parser says it best; what only msgspec refuses, it says."""
+    """What is wrong, and where. The standard library's parser says it best; what only msgspec refuses, it says.
+    Nothing of the body is repeated: a secret may stand there."""
     try:
         json.loads(data)
     except UnicodeDecodeError as error:
         line, column = _position(data, error.start)
         return f"line {line}, column {column}: the body is not UTF-8"
     except json.JSONDecodeError as error:
-        return f"line {error.lineno}, column {error.colno}: the body is not JSON: {error.msg.lower()}{_near(error)}"
+        what = error.msg.lower().removesuffix(" at")
+        return f"line {error.lineno}, column {error.colno}: the body is not JSON: {what}, found {_found(error)}"
     except (ValueError, RecursionError):
         pass
     at = re.search(r"byte (\d+)", complaint)
     line, column = _position(data, int(at[1]) if at else 0)
-    return f"line {line}, column {column}: the body is not JSON: {complaint}"
+    return f"line {line}, column {column}: the body is not JSON: {complaint.partition(' - at ')[0]}"
 
 
-def _near(error: json.JSONDecodeError) -> str:
-    """The first characters of what stands in the wrong place."""
-    found = error.doc[error.pos : error.pos + 20].split("\n")[0]
-    return f", found '{found}'" if found else ", found its end"
+def _found(error: json.JSONDecodeError) -> str:
+    """What stands in the wrong place."""
+    first = error.doc[error.pos : error.pos + 1]
+    if not first:
+        return "the end"
+    if first == '"':
+        return "a string"
+    if first.isalnum() or first == "-":
+        return "a word" if first.isalpha() else "a number"
+    return f"'{first}'" if first.isprintable() else "an unprintable character"
 
 
 def _position(data: bytes, offset: int) -> tuple[int, int]:
     """Line and column of a byte, both from 1."""
     before = data[:offset]
     return before.count(b"\n") + 1, offset - (before.rfind(b"\n") + 1) + 1
-
-
-__all__ = ["ClientDisconnect", "decode", "read"]

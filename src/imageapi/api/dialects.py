@@ -1,29 +1,31 @@
 """The two dialects of the API become one: the only place that knows both.
 
 A request's JSON is rewritten to the canonical form of `spec`, and only then checked against it. Each place that the
-rewriting moved is remembered, so that a complaint names the user's own.
+rewriting moved is remembered, so that a complaint names the user's own. Which fields hold objects is read from the
+annotations of `spec`; nothing here knows a kind but `attach`, whose flat form is the other dialect.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
 from imageapi import spec
-from imageapi.api import rules
+from imageapi.api import complaints, rules
 from imageapi.errors import Invalid, Problem
-from imageapi.spec import Attach, Attachment, Container, Mount, Object, Spec
+from imageapi.spec import Attach, Attachment, Iscsi, Mount, Object, Secret
 
 ATTACHMENTS = spec.kinds(Attachment)
 MOUNTS = spec.kinds(Mount)
-MOUNT_KINDS = {**MOUNTS, **dict.fromkeys(ATTACHMENTS, Attach)}
-"""Every kind a mount may be given as: its own, or its attachment's."""
-EMPTY_IS_NONE = ("name", "snapshot")
-"""Fields that Go clients send as "" when they mean nothing; the string options are others."""
+KINDS: dict[Any, dict[str, Any]] = {Attachment: ATTACHMENTS, Mount: {**MOUNTS, **dict.fromkeys(ATTACHMENTS, Attach)}}
+"""Every kind an object may be given as: its own, for a mount also its attachment's."""
+ALIASES: dict[Any, dict[str, str]] = {Mount: {"mount_id": "id"}, Iscsi: {"max_commands": "max_comands"}}
+"""Other names of fields, by the struct that has them: v0.1's, and the one that is spelled right."""
+DEEPEST = 64
+"""How many objects a request may nest in each other; beyond that it is no image but an attack."""
 
 Raw = dict[str, Any]
 
@@ -39,18 +41,22 @@ class Places:
     """Canonical JSON paths, and the client's own."""
 
     def __init__(self) -> None:
-        self._moved: dict[str, str] = {}
+        self._moved: dict[str, str] = {"$": "$"}
 
     def moved(self, canonical: str, own: str) -> None:
+        """What is `canonical` for the spec, and all below it, is `own` for the client."""
         self._moved[canonical] = own
+
+    def named(self, canonical: str, own: str) -> None:
+        """The object at `canonical` is a reference, for which the client has one value, at `own`."""
+        for step in ("", ".id", ".kind"):
+            self._moved[canonical + step] = own
 
     def own(self, canonical: str) -> str:
         """The client's path of a canonical one: the nearest place above it that was moved tells."""
         above = canonical
         while above not in self._moved:
-            above, _, _ = above.rpartition(_last_step(above))
-            if not above:
-                return canonical
+            above = above[: max(above.rfind("."), above.rfind("["))]
         return self._moved[above] + canonical[len(above) :]
 
     def locate(self, problem: Problem) -> Problem:
@@ -60,181 +66,199 @@ class Places:
         return problem
 
 
-def _last_step(path: str) -> str:
-    return path[max(path.rfind("."), path.rfind("[")) :]
-
-
 def read(collection: str, body: Any, kind: str | None = None) -> Request:
     """The object asked for by the body of a POST to `collection`, or to the route of one `kind` of it.
 
     Raises: errors.Problem with the client's own JSON path.
     """
+    if not isinstance(body, dict):
+        raise Invalid(f"send a JSON object, not {complaints.name_of(body)}", path="$")
     places = Places()
-    places.moved("$", "$")
     try:
-        if not isinstance(body, dict):
-            raise Invalid(f"send a JSON object, not {_name_of(body)}", path="$")
-        raw = _Reader(places).top(collection, body, kind)
-        thing: Object = _convert(raw, spec.COLLECTIONS[collection])
-        rules.check(thing)
-        return Request(thing, places)
+        raw = _Reader(places).top(spec.COLLECTIONS[collection], body, kind)
     except RecursionError:
         raise Invalid("the request is nested too deeply", path="$") from None
+    try:
+        thing: Object = complaints.convert(raw, spec.COLLECTIONS[collection])
+        rules.check(thing)
     except Problem as problem:
         raise places.locate(problem) from None
+    return Request(thing, places)
 
 
 # ------------------------------------------------------------------------------------------------- rewriting
 
 
 class _Reader:
-    """Rewrites one request. Each method takes raw JSON, the client's path of it, and the canonical one; what it does
+    """Rewrites one request. A method takes raw JSON, the client's path of it, and the canonical one; what it does
     not understand it leaves, for the check against the spec to name."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
+        self._depth = 0
 
-    def top(self, collection: str, body: Raw, kind: str | None) -> Raw:
-        body = _without_nulls(body)
+    def top(self, of: Any, body: Raw, kind: str | None) -> Raw:
+        """The body of a POST, where no id may be: the server chooses it."""
+        if of is Mount and kind in ATTACHMENTS:
+            return self._flat_top(_without_nulls(body), kind or "")
+        for name in ("id", *(alias for alias, real in ALIASES.get(of, {}).items() if real == "id")):
+            if body.get(name) is not None:
+                raise Invalid("the server chooses the id of a new object; leave it out", path=f"$.{name}")
         if kind is None:
-            if "id" in body:
-                raise Invalid("the server chooses the id of a new object; leave it out", path="$.id")
-            read = {"attach": self.attachment, "mount": self.mount, "container": self.container}[collection]
-            canonical: Raw = read(body, "$", "$")
-            return canonical
-        if collection == "mount" and kind in ATTACHMENTS:
-            return self._flat_top(body, kind)
-        if "id" in body:
-            raise Invalid("the server chooses the id of a new object; leave it out", path="$.id")
+            whole: Raw = self._thing(body, of, "$", "$") if of in KINDS else self._part(body, of, "$", "$")
+            return whole
         self._places.moved(f"$.{kind}", "$")
-        owner: Any = spec.COLLECTIONS[collection]
-        return {"kind": kind, kind: self._definition(_strip(body, owner), kind, "$", f"$.{kind}")}
+        return {"kind": kind, kind: self._definition(body, of, kind, "$", f"$.{kind}")}
 
     def _flat_top(self, body: Raw, kind: str) -> Raw:
-        """The body of /mount/rbd: with neither `rbd_id` nor `rbd`, its `id` is the attachment's (the tutorial)."""
-        if f"{kind}_id" not in body and kind not in body:
-            if "id" not in body:
-                raise Invalid(_how_to_name(kind), path="$")
-            body = {**{name: value for name, value in body.items() if name != "id"}, f"{kind}_id": body["id"]}
-            self._places.moved("$.attach.attach", "$")
-        elif "id" in body:
+        """The body of /mount/rbd. With neither `rbd_id` nor `rbd`, its `id` is the attachment's (the tutorial)."""
+        told = f"{kind}_id" in body or kind in body
+        if told and "id" in body:
             raise Invalid(f"the server chooses the id of a new mount; '{kind}_id' names the attachment", path="$.id")
         self._places.moved("$.attach", "$")
-        return {"kind": "attach", "attach": self._flat_attach(body, kind, "$", "$.attach")}
+        flat = self._flat_attach(body, kind, "$", "$.attach", id_field=f"{kind}_id" if told else "id")
+        return {"kind": "attach", "attach": flat}
 
-    def container(self, raw: Raw, own: str, canonical: str) -> Raw:
-        raw = _strip(raw, Container)
-        if "mount" in raw:
-            raw["mount"] = self.mount(raw["mount"], f"{own}.mount", f"{canonical}.mount")
-        return raw
+    # ------------------------------------------------------------------------------------ references and kinds
 
-    def mount(self, raw: Any, own: str, canonical: str) -> Any:
-        raw = self._reference_or(raw, own, canonical, "mount_id", MOUNT_KINDS, Mount)
-        if not isinstance(raw, dict) or "id" in raw:
-            return raw
-        kind = _kind_of(raw, MOUNT_KINDS, own)
-        if kind in ATTACHMENTS:
-            inner, outer = f"{own}.{kind}", f"{canonical}.attach"
-            self._places.moved(outer, inner)
-            rest = {name: value for name, value in raw.items() if name not in ("kind", kind)}
-            flat = raw[kind]
-            return {**rest, "kind": "attach", "attach": self._flat_attach(flat, kind, inner, outer)}
-        return {**raw, "kind": kind, kind: self._definition(raw[kind], kind, f"{own}.{kind}", f"{canonical}.{kind}")}
-
-    def attachment(self, raw: Any, own: str, canonical: str) -> Any:
-        raw = self._reference_or(raw, own, canonical, "attach_id", ATTACHMENTS, Attachment)
-        if not isinstance(raw, dict) or "id" in raw:
-            return raw
-        kind = _kind_of(raw, ATTACHMENTS, own)
-        return {**raw, "kind": kind, kind: self._definition(raw[kind], kind, f"{own}.{kind}", f"{canonical}.{kind}")}
-
-    def _reference_or(self, raw: Any, own: str, canonical: str, alias: str, kinds: Iterable[str], of: Any) -> Any:
-        """A reference in its canonical form, or `raw` without what does not count. Where an id stands beside a
-        definition the id decides, and only the definition's kind is read."""
+    def _thing(self, raw: Any, of: Any, own: str, canonical: str) -> Any:
+        """An attachment or a mount: a reference, or one kind's definition."""
         self._places.moved(canonical, own)
-        if isinstance(raw, int) and not isinstance(raw, bool):
+        if _is_number(raw):
+            self._places.named(canonical, own)
             return {"id": raw}
         if not isinstance(raw, dict):
             return raw
-        raw = _strip(_without_nulls(raw), of, keep="id")
-        if alias in raw:
-            raw.setdefault("id", raw[alias])
-            if raw.pop(alias) != raw["id"]:
-                raise Invalid(f"'id' and '{alias}' name different objects", path=f"{own}.{alias}")
-        if "id" not in raw:
-            return raw
-        given = [kind for kind in kinds if kind in raw]
-        named = raw.get("kind") or (given[0] if given else None)
-        if any(kind != named for kind in given):
-            raise Invalid(f"the kind is '{named}', but '{given[0]}' is defined", path=f"{own}.kind")
-        rest = {name: value for name, value in raw.items() if name not in given}
-        return {**rest, "kind": named} if named else rest
+        raw = self._counting(raw, own, canonical, of)
+        if "id" in raw:
+            return _reference(raw, KINDS[of], own)
+        kind = _kind_of(raw, KINDS[of], own)
+        return self._deeper({**raw, "kind": kind}, of, own, canonical)
 
-    def _definition(self, raw: Any, kind: str, own: str, canonical: str) -> Any:
+    def _deeper(self, raw: Raw, of: Any, own: str, canonical: str) -> Raw:
+        """The object whose definition is there, one level further down.
+
+        Raises: Invalid, where that is too far down.
+        """
+        if self._depth == DEEPEST:
+            raise Invalid(f"the request is nested more than {DEEPEST} objects deep", path=own)
+        self._depth += 1
+        try:
+            kind = raw["kind"]
+            if kind in KINDS[of] and kind not in spec.kinds(of):
+                return self._by_attachment(raw, kind, own, canonical)
+            definition = self._definition(raw[kind], of, kind, f"{own}.{kind}", f"{canonical}.{kind}")
+            return {**raw, kind: definition}
+        finally:
+            self._depth -= 1
+
+    def _by_attachment(self, raw: Raw, kind: str, own: str, canonical: str) -> Raw:
+        """A mount that is given as the kind of its attachment, as the tutorial does."""
+        inner, outer = f"{own}.{kind}", f"{canonical}.attach"
+        self._places.moved(outer, inner)
+        rest = {name: value for name, value in raw.items() if name != kind}
+        return {**rest, "kind": "attach", "attach": self._flat_attach(raw[kind], kind, inner, outer)}
+
+    def _definition(self, raw: Any, of: Any, kind: str, own: str, canonical: str) -> Any:
         """The kind's own object."""
         if not isinstance(raw, dict):
             return raw
-        if kind == "attach":
-            return self._attach(raw, own, canonical)
-        raw = _strip(_without_nulls(raw), {**MOUNTS, **ATTACHMENTS}[kind])
-        if "mount" in raw:
-            raw["mount"] = self.mount(raw["mount"], f"{own}.mount", f"{canonical}.mount")
-        if isinstance(raw.get("lower"), list):
-            raw["lower"] = [
-                self.mount(one, f"{own}.lower[{at}]", f"{canonical}.lower[{at}]") for at, one in enumerate(raw["lower"])
-            ]
-        if "max_commands" in raw and kind == "iscsi":
-            raw["max_comands"] = raw.pop("max_commands")
-        if isinstance(raw.get("options"), dict):
-            raw["options"] = _without_empty(_without_nulls(raw["options"]), tuple(raw["options"]))
-        if isinstance(raw.get("chap"), dict):
-            raw["chap"] = _without_nulls(raw["chap"])
-        return raw
+        if raw.get("id") is not None:
+            raise Invalid('an id stands beside the kind, not in its definition: {"id": n}', path=f"{own}.id")
+        struct = spec.kinds(of)[kind]
+        part = self._part(_without(raw, ("id",)), struct, own, canonical, of)
+        return _with_agreeing_kind(part, own) if struct is Attach else part
 
-    def _attach(self, raw: Raw, own: str, canonical: str) -> Raw:
-        raw = _strip(_without_nulls(raw), Attach)
-        kind = raw.pop("kind", None)
-        if "attach" in raw:
-            inner = self.attachment(raw["attach"], f"{own}.attach", f"{canonical}.attach")
-            raw["attach"] = self._agreeing(inner, kind, f"{own}.kind")
-        return raw
+    # ---------------------------------------------------------------------------------- the flat attach-mount
 
-    def _flat_attach(self, flat: Any, kind: str, own: str, canonical: str) -> Any:
+    def _flat_attach(self, raw: Any, kind: str, own: str, canonical: str, id_field: str = "") -> Any:
         """The flat object of an attach-mount, which names its attachment by `<kind>_id` or holds it as `<kind>`."""
-        if not isinstance(flat, dict):
-            return flat
-        flat = _strip(_without_nulls(flat), Mount)
-        rest = {name: value for name, value in flat.items() if name not in ("id", "kind", kind, f"{kind}_id")}
-        if flat.get("kind", kind) != kind:
-            raise Invalid(f"the kind is '{flat['kind']}', but this is the mount of '{kind}'", path=f"{own}.kind")
+        if not isinstance(raw, dict):
+            return raw
+        id_field = id_field or f"{kind}_id"
+        raw = self._counting(raw, own, canonical, Attach, Mount)
+        _check_flat(raw, kind, own, id_field)
+        rest = self._part(_without(raw, ("kind", kind, id_field)), Attach, own, canonical)
         place = f"{canonical}.attach"
-        if f"{kind}_id" in flat:
-            self._places.moved(f"{place}.id", f"{own}.{kind}_id")
-            return {**rest, "attach": {"id": flat[f"{kind}_id"], "kind": kind}}
-        if kind not in flat:
-            raise Invalid(_how_to_name(kind), path=own)
-        self._places.moved(place, f"{own}.{kind}")
-        return {**rest, "attach": self._flat_attachment(flat[kind], kind, f"{own}.{kind}", place)}
+        if id_field in raw:
+            self._places.named(place, f"{own}.{id_field}")
+            return {**rest, "attach": {"id": raw[id_field], "kind": kind}}
+        return {**rest, "attach": self._flat_attachment(raw[kind], kind, f"{own}.{kind}", place)}
 
     def _flat_attachment(self, raw: Any, kind: str, own: str, canonical: str) -> Any:
         """An attachment whose kind is known from where it stands: a reference, or the kind's own object."""
-        if isinstance(raw, int) and not isinstance(raw, bool):
+        self._places.moved(canonical, own)
+        if _is_number(raw):
+            self._places.named(canonical, own)
             return {"id": raw, "kind": kind}
         if isinstance(raw, dict) and raw.get("id") is not None:
+            if (_named_kind(raw, own) or kind) != kind:
+                raise Invalid(f"an attachment of kind {kind} belongs here", path=f"{own}.kind")
             return {"id": raw["id"], "kind": kind}
         self._places.moved(f"{canonical}.{kind}", own)
-        if isinstance(raw, dict):
-            raw = _strip(raw, Attachment)
-        return {"kind": kind, kind: self._definition(raw, kind, own, f"{canonical}.{kind}")}
+        return {"kind": kind, kind: self._definition(raw, Attachment, kind, own, f"{canonical}.{kind}")}
 
-    @staticmethod
-    def _agreeing(attachment: Any, kind: str | None, path: str) -> Any:
-        """The attachment, of the kind that stands beside it, if one does."""
-        if kind is None or not isinstance(attachment, dict):
-            return attachment
-        if attachment.setdefault("kind", kind) != kind:
-            raise Invalid(f"the kind is '{kind}', but the attachment is a '{attachment['kind']}'", path=path)
-        return attachment
+    # ----------------------------------------------------------------------------------------- fields of a part
+
+    def _part(self, raw: Raw, struct: Any, own: str, canonical: str, *owner: Any) -> Raw:
+        """The fields of `struct`, those that hold objects rewritten. `owner` is what the struct is a kind of."""
+        hints = spec.hints(struct)
+        return {
+            name: self._field(value, hints.get(name), f"{own}.{name}", f"{canonical}.{name}")
+            for name, value in self._counting(raw, own, canonical, struct, *owner).items()
+        }
+
+    def _field(self, value: Any, hint: Any, own: str, canonical: str) -> Any:
+        struct = None if hint is None else spec.struct_of(hint)
+        if not isinstance(value, list):
+            return self._held(value, struct, own, canonical)
+        if get_args(hint) == (str,) and all(isinstance(one, str) for one in value):
+            return [one for one in value if one]
+        return [self._held(one, struct, f"{own}[{at}]", f"{canonical}[{at}]") for at, one in enumerate(value)]
+
+    def _held(self, value: Any, struct: Any, own: str, canonical: str) -> Any:
+        if struct in KINDS:
+            return self._thing(value, struct, own, canonical)
+        return self._part(value, struct, own, canonical) if struct and isinstance(value, dict) else value
+
+    def _counting(self, raw: Raw, own: str, canonical: str, struct: Any, *owner: Any) -> Raw:
+        """What of `raw` counts, under the names of `struct`: no nulls, no empty strings where text is optional, and
+        nothing that only the server sets."""
+        ignored = spec.server_fields(struct).union(*(spec.server_fields(one) for one in owner))
+        counting = {
+            name: value
+            for name, value in _without(_without_nulls(raw), ignored).items()
+            if value != "" or name not in optional_text(struct)
+        }
+        for alias, real in ALIASES.get(struct, {}).items():
+            if alias in counting:
+                self._places.moved(f"{canonical}.{real}", f"{own}.{alias}")
+                if counting.setdefault(real, counting[alias]) != counting.pop(alias):
+                    raise Invalid(f"'{alias}' and '{real}' are one field, and differ", path=f"{own}.{alias}")
+        return counting
+
+
+def _reference(raw: Raw, kinds: Iterable[str], own: str) -> Raw:
+    """The id decides; of a definition beside it only the kind is read, which must agree."""
+    given = [kind for kind in kinds if kind in raw]
+    named = _named_kind(raw, own) or (given[0] if given else None)
+    for kind in given:
+        if kind != named:
+            at = "kind" if "kind" in raw else kind
+            raise Invalid(f"the kind is '{named}', but '{kind}' is defined", path=f"{own}.{at}")
+    rest = _without(raw, given)
+    return {**rest, "kind": named} if named else rest
+
+
+def _named_kind(raw: Raw, own: str) -> str | None:
+    """The kind that `raw` names itself, as far as a message should repeat it.
+
+    Raises: errors.Invalid, when that is no string.
+    """
+    kind = raw.get("kind")
+    if not isinstance(kind, str | None):
+        raise Invalid("the kind is a string", path=f"{own}.kind")
+    return kind and complaints.shortened(kind)
 
 
 def _kind_of(raw: Raw, kinds: dict[str, Any], own: str) -> str:
@@ -243,82 +267,71 @@ def _kind_of(raw: Raw, kinds: dict[str, Any], own: str) -> str:
     Raises: errors.Invalid when there is none, or more than one.
     """
     given = [kind for kind in kinds if kind in raw]
-    kind = raw.get("kind", given[0] if len(given) == 1 else None)
+    kind = _named_kind(raw, own) or (given[0] if len(given) == 1 else None)
+    ways = 'give it as a reference, {"id": n}, or as a definition of one kind only, {"kind": K, K: {…}}'
     if kind is None:
-        way = "with one kind only" if given else 'as a reference, {"id": n}, or as a definition, {"kind": K, K: {…}}'
-        raise Invalid(f"give it {way}; the kinds are {', '.join(kinds)}", path=own)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise Invalid(f"there is no kind '{kind}'{_nearest(str(kind), kinds)}", path=f"{own}.kind")
-    if kind not in raw:
-        raise Invalid(f"the kind is '{kind}', but '{kind}', which defines it, is missing", path=own)
-    if len(given) > 1:
-        other = next(one for one in given if one != kind)
-        raise Invalid(f"the kind is '{kind}'; '{other}' does not belong here", path=f"{own}.{other}")
+        raise Invalid(f"{ways}; the kinds are {', '.join(kinds)}", path=own)
+    if kind not in kinds:
+        raise Invalid(f"there is no kind '{kind}'{complaints.nearest(kind, kinds)}", path=f"{own}.kind")
+    for other in given:
+        if other != kind:
+            raise Invalid(f"the kind is '{kind}'; '{other}' does not belong here", path=f"{own}.{other}")
+    if not given:
+        raise Invalid(f"the kind is '{kind}', but there is no '{kind}'; {ways}", path=own)
     return kind
 
 
-def _how_to_name(kind: str) -> str:
-    return f"name the attachment by '{kind}_id', or define it as '{kind}'"
+def _check_flat(raw: Raw, kind: str, own: str, id_field: str) -> None:
+    """Raises: errors.Invalid for what the flat object of an attach-mount cannot have, or lacks."""
+    known = ["fs_type", "mount_options", "kind", kind, id_field]
+    if (named := _named_kind(raw, own) or kind) != kind:
+        raise Invalid(f"this is the mount of an attachment of kind {kind}, not '{named}'", path=f"{own}.kind")
+    if id_field not in raw and kind not in raw:
+        raise Invalid(f"name the attachment by '{kind}_id', or define it as '{kind}'", path=own)
+    if "id" in raw and id_field != "id":
+        raise Invalid(f"'{kind}_id' names the attachment; a mount's own id stands beside its kind: "
+                      f'{{"id": n, "kind": "{kind}"}}', path=f"{own}.id")
+    for name in raw:
+        if name not in known:
+            raise Invalid(complaints.unknown(name, known), path=f"{own}.{name}")
+
+
+def _with_agreeing_kind(part: Raw, own: str) -> Raw:
+    """The part of an attach-mount without the `kind` that may stand in it, which must be its attachment's."""
+    kind, attachment = _named_kind(part, own), part.get("attach")
+    if kind and isinstance(attachment, dict) and attachment.setdefault("kind", kind) != kind:
+        raise Invalid(f"the kind is '{kind}', but the attachment is of kind '{attachment['kind']}'",
+                      path=f"{own}.kind")
+    return _without(part, ("kind",))
+
+
+def _without(raw: Raw, names: Iterable[str]) -> Raw:
+    left_out = frozenset(names)
+    return {name: value for name, value in raw.items() if name not in left_out}
 
 
 def _without_nulls(raw: Raw) -> Raw:
-    """`null` for an optional field is the same as leaving it out; so is an empty name or snapshot."""
-    return _without_empty({name: value for name, value in raw.items() if value is not None}, EMPTY_IS_NONE)
+    return {name: value for name, value in raw.items() if value is not None}
 
 
-def _without_empty(raw: Raw, names: Iterable[str]) -> Raw:
-    return {name: value for name, value in raw.items() if value != "" or name not in names}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _strip(raw: Raw, struct: Any, keep: str = "") -> Raw:
-    """`raw` without the fields that only the server sets, which a client may send back."""
-    ignored = spec.server_fields(struct)
-    return {name: value for name, value in raw.items() if name not in ignored or name == keep}
+@cache
+def optional_text(struct: Any) -> frozenset[str]:
+    """The fields of `struct` that hold text and may be left out: Go clients send "" when they mean that."""
+    optional = {field.name for field in msgspec.structs.fields(struct) if not field.required}
+    return frozenset(name for name, hint in spec.hints(struct).items() if name in optional and _is_text(hint))
 
 
-def _name_of(value: object) -> str:
-    names: dict[type, str] = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def _is_text(hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return isinstance(get_args(hint)[0], str)
+    if origin is list:
+        return False
+    inner = get_args(hint)[:1] if origin is Annotated else get_args(hint)
+    return any(map(_is_text, inner)) if inner else hint in (str, Secret)
 
 
-# --------------------------------------------------------------------------------------------------- checking
-
-_AT = re.compile(r"^(.*?)(?: - at `(.*)`)?$", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
-_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[[^\]]*\]")
-
-
-_FORMS = {
-    "name": "A name is 1 to 255 letters, digits, '.', '_' and '-', and neither . nor ..",
-    "sha256": "A SHA-256 is 64 hexadecimal digits",
-}
-"""What to say of a field that is not of its form."""
-
-
-def _convert(raw: Raw, target: Any) -> Any:
-    """`raw` as a spec. Raises: errors.Invalid with the canonical path and a remedy."""
-    try:
-        return msgspec.convert(raw, target, dec_hook=spec.decode_hook)
-    except msgspec.ValidationError as error:
-        match = _AT.match(str(error))
-        message, path = (match[1], match[2] or "$") if match else (str(error), "$")
-        if unknown := _UNKNOWN.match(message):
-            message = _unknown_field(unknown[1], target, path)
-        elif "matching regex" in message:
-            message = _FORMS.get(path.rpartition(".")[2], "It must not be empty or hold a NUL")
-        raise Invalid(message[0].lower() + message[1:], path=path) from None
-
-
-def _unknown_field(name: str, target: Any, path: str) -> str:
-    struct = target
-    for step in _STEP.finditer(path):
-        if step[1] and struct is not None:
-            struct = spec.struct_of(spec.hints(struct)[step[1]])
-    known = [field for field in (struct or Spec).__struct_fields__ if field not in spec.server_fields(struct or Spec)]
-    return f"there is no field '{name}' here{_nearest(name, known)}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, or all there is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(known)}"

@@ -1,7 +1,8 @@
 """A browser is no client by accident: over TCP, a request names this host, and comes from no foreign page.
 
 Without this a page anywhere on the web could have a browser on the node send requests here, by DNS rebinding
-(CVE-2024-28224) or plainly. On the Unix socket the file's mode says who may come.
+(CVE-2024-28224) or plainly: an image's address is enough for a GET, which here can stop a container and has no Origin;
+of those Sec-Fetch-Site tells. On the Unix socket the file's mode says who may come.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from imageapi.api.complaints import shortened
 from imageapi.api.problems import answer
 from imageapi.errors import Forbidden, Misdirected, Problem
+
+FOREIGN_SITES = ("cross-site", "same-site")
+"""Values of Sec-Fetch-Site (W3C, Fetch Metadata) that say a page of another origin is behind the request."""
 
 
 class Guard:
@@ -21,41 +26,57 @@ class Guard:
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self._app = app
-        self._names = {name.lower() for name in names}
+        self._names = {_plain(name) for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._complaint(scope) if scope["type"] == "http" else None
+        problem = self._complaint(scope) if scope["type"] == "http" and _is_tcp(scope) else None
         await (self._app if problem is None else answer(problem))(scope, receive, send)
 
     def _complaint(self, scope: Scope) -> Problem | None:
-        server = scope.get("server")
-        if server is None or server[1] is None:
-            return None
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._is_ours(host_name(host), server[0]):
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        local = scope["server"][0]
+        if len(hosts) != 1 or not self._is_ours(host_name(hosts[0]), local):
+            named = shortened(", ".join(hosts))
             return Misdirected(
-                f"the request is for the host '{host}', which is not this one; use its address, or start the server "
-                f"with --allowed-host {host_name(host) or 'NAME'}"
+                f"the request is for the host '{named}', which is not this one; use its address, or start the server "
+                f"with --allowed-host and that name"
             )
-        if origin is not None and origin.lower() != f"{scope['scheme']}://{host}".lower():
-            return Forbidden(f"pages of {origin} may not use this API")
+        own = f"{scope['scheme']}://{hosts[0]}".lower()
+        if any(origin.lower() != own for origin in origins) or headers.get("sec-fetch-site") in FOREIGN_SITES:
+            return Forbidden(f"pages of {shortened(', '.join(origins) or 'another site')} may not use this API")
         return None
 
     def _is_ours(self, name: str, local_address: str) -> bool:
-        return name in self._names or name in ("localhost", local_address.lower()) or is_loopback(name)
+        return name in self._names or name == _plain(local_address) or is_loopback(name)
+
+
+def _is_tcp(scope: Scope) -> bool:
+    """Whether the connection has a port; one over the Unix socket has none."""
+    server = scope.get("server")
+    return server is not None and server[1] is not None
 
 
 def host_name(host: str) -> str:
-    """The name or address in a Host header: without port and brackets, in lower case."""
+    """The name or address in a Host header: without the port, and as `_plain` has it."""
     if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+        name, bracket, port = host[1:].partition("]")
+        return _plain(name) if bracket and (not port or port.startswith(":")) else ""
+    return _plain(host.partition(":")[0])
+
+
+def _plain(name: str) -> str:
+    """A host's name in lower case and without the dot of its end, an address in its shortest form."""
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return name.lower().removesuffix(".")
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def is_loopback(name: str) -> bool:
-    """Whether `name` is an address of loopback."""
+    """Whether `name` is of loopback: an address, or a name that never is anybody else's (RFC 6761, 6.3)."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
-        return False
+        return name == "localhost" or name.endswith(".localhost")

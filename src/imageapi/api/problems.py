@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from imageapi.errors import Problem, TooLarge, TooSlow
+from imageapi.errors import Problem, TooLarge
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +31,13 @@ def answer(problem: Problem) -> Json:
     headers = {}
     if allow := problem.fields.get("allow"):
         headers["allow"] = ", ".join(allow)
-    if isinstance(problem, TooSlow | TooLarge):
+    if isinstance(problem, TooLarge):
         headers["connection"] = "close"
     return Json(problem.to_dict(), status_code=problem.code, headers=headers)
 
 
-async def on_problem(request: Request, error: Exception) -> Response:
-    """What a user can cause: a sentence, and no trace."""
-    if not isinstance(error, Problem):
-        raise error
-    return answer(error)
-
-
-async def on_bug(request: Request, error: Exception) -> Response:
-    """What only we can have caused: a number that is in the log too, beside the trace."""
+def bug(request: Request, error: Exception) -> Json:
+    """The answer to what only we can have caused: a number that is in the log too, beside the trace."""
     reference = secrets.token_hex(4)
     log.error("bug %s in %s %s", reference, request.method, request.url.path, exc_info=error)
     return answer(Problem(f"a bug of this server; its log has the trace under {reference}"))

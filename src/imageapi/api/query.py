@@ -7,11 +7,12 @@ from typing import get_args
 from starlette.requests import Request
 
 from imageapi import spec
-from imageapi.api.dialects import ATTACHMENTS, MOUNT_KINDS
+from imageapi.api.complaints import shortened
+from imageapi.api.dialects import KINDS
+from imageapi.api.resource import DIGITS, number
 from imageapi.errors import Invalid
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-KINDS: dict[str, list[str]] = {"attach": list(ATTACHMENTS), "mount": list(MOUNT_KINDS)}
 
 
 class Query:
@@ -21,22 +22,21 @@ class Query:
         """Raises: errors.Invalid."""
         self._values: dict[str, str] = {}
         for name, value in request.query_params.multi_items():
+            named = shortened(name)
             if name not in known:
                 these = f"there are {', '.join(known)}" if known else "there are none here"
-                raise Invalid(f"there is no query parameter '{name}'; {these}", path=f"?{name}")
+                raise Invalid(f"there is no query parameter '{named}'; {these}", path=f"?{named}")
             if name in self._values:
-                raise Invalid(f"give the query parameter '{name}' once", path=f"?{name}")
+                raise Invalid(f"give the query parameter '{named}' once", path=f"?{named}")
             self._values[name] = value
 
     @property
     def id(self) -> int | None:
         """Raises: errors.Invalid when it is no number."""
         text = self._values.get("id")
-        if text is None:
-            return None
-        if not is_number(text):
-            raise Invalid(f"'{text}' is no id; give a number from 0", path="?id")
-        return int(text)
+        if text is not None and not DIGITS.fullmatch(text):
+            raise Invalid(f"'{shortened(text)}' is no id; give a number from 0", path="?id")
+        return None if text is None else number(text)
 
     @property
     def name(self) -> str | None:
@@ -47,26 +47,20 @@ class Query:
         """Raises: errors.Invalid."""
         text = self._values.get("force", "false")
         if text not in BOOLEANS:
-            raise Invalid(f"force is true, false, 1 or 0, not '{text}'", path="?force")
+            raise Invalid(f"force is true, false, 1 or 0, not '{shortened(text)}'", path="?force")
         return BOOLEANS[text]
 
     @property
     def state(self) -> str | None:
         """Raises: errors.Invalid when there is no such state."""
-        text = self._values.get("state")
-        states = get_args(spec.State)
-        if text is not None and text not in states:
-            raise Invalid(f"there is no state '{text}'; there are {', '.join(states)}", path="?state")
-        return text
+        return self._one_of("state", list(get_args(spec.State)))
 
     def kind(self, collection: str) -> str | None:
         """Raises: errors.Invalid when the collection has no such kind."""
-        text = self._values.get("kind")
-        if text is not None and text not in KINDS[collection]:
-            raise Invalid(f"there is no kind '{text}'; there are {', '.join(KINDS[collection])}", path="?kind")
+        return self._one_of("kind", list(KINDS[spec.COLLECTIONS[collection]]))
+
+    def _one_of(self, name: str, known: list[str]) -> str | None:
+        text = self._values.get(name)
+        if text is not None and text not in known:
+            raise Invalid(f"there is no {name} '{shortened(text)}'; there are {', '.join(known)}", path=f"?{name}")
         return text
-
-
-def is_number(text: str) -> bool:
-    """Whether `text` is digits and nothing else."""
-    return text.isascii() and text.isdigit()

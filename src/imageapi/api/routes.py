@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from imageapi import spec
 from imageapi.api import body, dialects, views
+from imageapi.api.complaints import shortened
 from imageapi.api.problems import Json
-from imageapi.api.query import KINDS, Query, is_number
+from imageapi.api.query import Query
+from imageapi.api.resource import Handler, Resource, while_connected
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.engine.graph import Picture
-from imageapi.errors import Invalid, MethodNotAllowed, NotFound, Problem
+from imageapi.errors import Invalid, NotFound, Problem
 from imageapi.records import Key
 
 BASE = "/imageapi/v1"
-T = TypeVar("T")
 View = Callable[[Picture], Any]
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-class Gone(Exception):
-    """The client hung up: there is nobody to answer."""
 
 
 class Routes:
@@ -37,26 +33,38 @@ class Routes:
         self._config = config
 
     def table(self) -> list[Route]:
-        """All routes, the more particular ones first."""
-        routes: list[Route] = []
-        for collection in ("attach", "mount"):
-            base = f"{BASE}/{collection}"
-            routes += [
-                _route(base, GET=self._list(collection), POST=self._create(collection),
-                       DELETE=self._delete_by_query(collection)),
-                _route(f"{base}/{{which}}", **self._id_or_kind(collection)),
-                _route(f"{base}/{{kind}}/{{id}}", GET=self._one_of_kind(collection),
-                       DELETE=self._delete_of_kind(collection)),
-            ]
+        """All routes, the more particular ones first: digits are an id, anything else a kind."""
+        return [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
+
+    def _of_kinds(self, collection: str) -> list[Route]:
+        base = f"{BASE}/{collection}"
+        return [
+            Route(base, Resource(
+                GET=self._list(collection), POST=self._create(collection), DELETE=self._delete_by_query(collection),
+            )),
+            Route(f"{base}/{{id:number}}", Resource(GET=self._get(collection), DELETE=self._delete(collection))),
+            Route(f"{base}/{{kind}}", Resource(
+                GET=self._list_of_kind(collection), POST=self._create_of_kind(collection),
+            )),
+            Route(f"{base}/{{kind}}/{{id:number}}", Resource(
+                GET=self._get_of_kind(collection), DELETE=self._delete_of_kind(collection),
+            )),
+        ]
+
+    def _of_containers(self) -> list[Route]:
         base = f"{BASE}/container"
-        for where in (f"{base}/byname/{{name}}", f"{base}/{{id}}"):
-            routes += [
-                _route(where, GET=self._container, DELETE=self._delete_container),
-                _route(f"{where}/{{state}}", GET=self._state, POST=self._state, HEAD=None),
-            ]
-        list_route = _route(base, GET=self._list("container"), POST=self._create("container"),
-                            DELETE=self._delete_by_query("container"), PATCH=self._patch)
-        return [*routes, list_route]
+        one = Resource(GET=self._get("container"), DELETE=self._delete("container"))
+        state = Resource(GET=self._ask_for_state, POST=self._ask_for_state, head=False)
+        return [
+            Route(base, Resource(
+                GET=self._list("container"), POST=self._create("container"),
+                DELETE=self._delete_by_query("container"), PATCH=self._patch,
+            )),
+            Route(f"{base}/byname/{{name}}", one),
+            Route(f"{base}/byname/{{name}}/{{state}}", state),
+            Route(f"{base}/{{id:number}}", one),
+            Route(f"{base}/{{id:number}}/{{state}}", state),
+        ]
 
     # ------------------------------------------------------------------------------------- collection routes
 
@@ -65,17 +73,17 @@ class Routes:
 
         async def handler(request: Request) -> Response:
             query = Query(request, *known)
-            kind = None if collection == "container" else query.kind(collection)
+            wanted = self._named(collection, query)
+            kind, state = query.kind(collection) if "kind" in known else None, query.state
             found = [
                 picture
                 for picture in self._engine.pictures(collection)
-                if query.id in (None, picture.record.id)
+                if wanted in (None, picture.record.key)
                 and (kind is None or _is_of_kind(picture, kind))
-                and query.name in (None, getattr(picture.record.spec, "name", None))
-                and query.state in (None, picture.record.run and picture.record.run.state)
+                and (state is None or state == _state(picture))
             ]
-            if not found and (query.id is not None or query.name is not None):
-                raise NotFound(f"there is no such {collection}; GET {BASE}/{collection} lists those that are")
+            if wanted and not found:
+                raise NotFound(f"{wanted} is not of that {'state' if state else 'kind'}")
             return Json([views.whole(picture) for picture in found])
 
         return handler
@@ -92,177 +100,138 @@ class Routes:
 
         async def handler(request: Request) -> Response:
             query = Query(request, *known)
-            force = query.force
-            picture = await self._engine.delete(self._chosen(collection, query), force=force)
-            return Json(views.whole(picture))
+            force, key = query.force, self._chosen(collection, query)
+            return Json(views.whole(await self._engine.delete(key, force=force)))
 
         return handler
 
-    def _chosen(self, collection: str, query: Query) -> Key:
-        """The object that a query names.
+    def _named(self, collection: str, query: Query) -> Key | None:
+        """The object that a query names by id, name or both.
 
-        Raises: errors.Invalid, when it names none, or two.
+        Raises: errors.NotFound; errors.Invalid, when they disagree.
         """
-        if query.name is None:
-            if query.id is None:
-                what = "id or name" if collection == "container" else "id"
-                raise Invalid(f"say which {collection}, by the query parameter {what}", path="?id")
-            return self._engine.picture(Key(collection, query.id)).record.key
-        key = self._engine.named(query.name)
-        if query.id not in (None, key.id):
-            raise Invalid(f"id {query.id} and name '{query.name}' are not the same container", path="?id")
+        by_id = None if query.id is None else self._engine.picture(Key(collection, query.id)).record.key
+        by_name = None if query.name is None else self._engine.named(query.name)
+        if by_id and by_name and by_id != by_name:
+            raise Invalid(f"{by_id} has another name: name '{query.name}' is {by_name}", path="?name")
+        return by_id or by_name
+
+    def _chosen(self, collection: str, query: Query) -> Key:
+        """The object that a query must name.
+
+        Raises: errors.Invalid, when it names none, or two; errors.NotFound.
+        """
+        key = self._named(collection, query)
+        if key is None:
+            what = "id or name" if collection == "container" else "id"
+            raise Invalid(f"say which {collection}, by the query parameter {what}", path="?id")
         return key
+
+    # ------------------------------------------------------------------------------------ one object by its path
+
+    def _key(self, request: Request, collection: str) -> Key:
+        name = request.path_params.get("name")
+        return Key(collection, request.path_params["id"]) if name is None else self._engine.named(name)
+
+    def _get(self, collection: str) -> Handler:
+        async def handler(request: Request) -> Response:
+            Query(request)
+            return Json(views.whole(self._engine.picture(self._key(request, collection))))
+
+        return handler
+
+    def _delete(self, collection: str) -> Handler:
+        async def handler(request: Request) -> Response:
+            force, key = Query(request, "force").force, self._key(request, collection)
+            return Json(views.whole(await self._engine.delete(key, force=force)))
+
+        return handler
+
+    async def _ask_for_state(self, request: Request) -> Response:
+        Query(request)
+        state, key = request.path_params["state"], self._key(request, "container")
+        return Json(views.whole(await self._engine.request_state(key, state)))
+
+    async def _patch(self, request: Request) -> Response:
+        query = Query(request, "id", "name", "state")
+        state, key = query.state, self._chosen("container", query)
+        if state is None:
+            raise Invalid("say which state, by the query parameter state: running or exited", path="?state")
+        return Json(views.whole(await self._engine.request_state(key, state)))
 
     # ------------------------------------------------------------------------------------------- kind routes
 
-    def _id_or_kind(self, collection: str) -> dict[str, Handler]:
-        """/attach/{which}: digits are an id, anything else a kind."""
-
-        async def get(request: Request) -> Response:
-            which = request.path_params["which"]
+    def _list_of_kind(self, collection: str) -> Handler:
+        async def handler(request: Request) -> Response:
+            kind = _known_kind(request, collection)
             Query(request)
-            if is_number(which):
-                return Json(views.whole(self._engine.picture(Key(collection, int(which)))))
-            kind = _known_kind(collection, which)
             found = [one for one in self._engine.pictures(collection) if _is_of_kind(one, kind)]
             return Json([views.flat(picture, kind) for picture in found])
 
-        async def post(request: Request) -> Response:
-            which = request.path_params["which"]
-            if is_number(which):
-                raise MethodNotAllowed(f"POST to {BASE}/{collection}, or to a kind's route", allow=["GET", "DELETE"])
+        return handler
+
+    def _create_of_kind(self, collection: str) -> Handler:
+        async def handler(request: Request) -> Response:
+            kind = _known_kind(request, collection)
             Query(request)
-            kind = _known_kind(collection, which)
             return await self._make(request, collection, kind, lambda picture: views.flat(picture, kind))
 
-        async def delete(request: Request) -> Response:
-            which = request.path_params["which"]
-            if not is_number(which):
-                raise MethodNotAllowed(f"DELETE takes one: {BASE}/{collection}/{which}/<id>", allow=["GET", "POST"])
-            force = Query(request, "force").force
-            return Json(views.whole(await self._engine.delete(Key(collection, int(which)), force=force)))
+        return handler
 
-        return {"GET": get, "POST": post, "DELETE": delete}
-
-    def _one_of_kind(self, collection: str) -> Handler:
+    def _get_of_kind(self, collection: str) -> Handler:
         async def handler(request: Request) -> Response:
+            picture, kind = self._found_of_kind(request, collection)
             Query(request)
-            picture, kind = self._find_of_kind(request, collection)
             return Json(views.flat(picture, kind))
 
         return handler
 
     def _delete_of_kind(self, collection: str) -> Handler:
         async def handler(request: Request) -> Response:
+            picture, kind = self._found_of_kind(request, collection)
             force = Query(request, "force").force
-            picture, kind = self._find_of_kind(request, collection)
-            last = await self._engine.delete(picture.record.key, force=force)
-            return Json(views.flat(last, kind))
+            return Json(views.flat(await self._engine.delete(picture.record.key, force=force), kind))
 
         return handler
 
-    def _find_of_kind(self, request: Request, collection: str) -> tuple[Picture, str]:
-        kind = _known_kind(collection, request.path_params["kind"])
-        picture = self._engine.picture(Key(collection, _id_of(request)))
+    def _found_of_kind(self, request: Request, collection: str) -> tuple[Picture, str]:
+        """Raises: NotFound."""
+        kind = _known_kind(request, collection)
+        picture = self._engine.picture(Key(collection, request.path_params["id"]))
         if not _is_of_kind(picture, kind):
             raise NotFound(f"{picture.record.key} is of kind {picture.record.kind}, not {kind}")
         return picture, kind
 
-    # -------------------------------------------------------------------------------------------- containers
-
-    def _container_key(self, request: Request) -> Key:
-        name = request.path_params.get("name")
-        return self._engine.named(name) if name is not None else Key("container", _id_of(request))
-
-    async def _container(self, request: Request) -> Response:
-        Query(request)
-        return Json(views.whole(self._engine.picture(self._container_key(request))))
-
-    async def _delete_container(self, request: Request) -> Response:
-        force = Query(request, "force").force
-        return Json(views.whole(await self._engine.delete(self._container_key(request), force=force)))
-
-    async def _state(self, request: Request) -> Response:
-        Query(request)
-        key = self._container_key(request)
-        return Json(views.whole(await self._engine.request_state(key, request.path_params["state"])))
-
-    async def _patch(self, request: Request) -> Response:
-        query = Query(request, "id", "name", "state")
-        key = self._chosen("container", query)
-        if query.state is None:
-            raise Invalid("say which state, by the query parameter state: running or exited", path="?state")
-        return Json(views.whole(await self._engine.request_state(key, query.state)))
-
     # ------------------------------------------------------------------------------------------------- a POST
 
     async def _make(self, request: Request, collection: str, kind: str | None, view: View) -> Response:
-        config = self._config
-        asked = await body.read(request, limit=config.max_body_size, timeout=config.read_timeout)
+        asked = await body.read(request, self._config.max_body_size)
         wanted = dialects.read(collection, asked, kind)
         try:
-            picture = await _while_connected(request, self._engine.create(wanted.thing))
+            picture = await while_connected(request, self._engine.create(wanted.thing))
         except Problem as problem:
             raise wanted.places.locate(problem) from None
         return Json(view(picture), status_code=201)
 
 
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up.
+def _known_kind(request: Request, collection: str) -> str:
+    """The kind in the path.
 
-    Raises: Gone then.
+    Raises: NotFound: the route of a kind that does not exist does not either.
     """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_hang_up(request))
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
-    finally:
-        task.cancel()
-        leaving.cancel()
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _route(path: str, **handlers: Handler | None) -> Route:
-    """One path, with a handler for each method; what has none is 405, HEAD is answered as GET is."""
-    methods = sorted(method for method, handler in handlers.items() if handler)
-
-    async def endpoint(request: Request) -> Response:
-        method = "GET" if request.method == "HEAD" and "HEAD" not in handlers else request.method
-        handler = handlers.get(method)
-        if handler is None:
-            these = ", ".join(methods)
-            raise MethodNotAllowed(f"{request.method} is not for this path; there are {these}", allow=methods)
-        return await handler(request)
-
-    return Route(path, endpoint, methods=[*methods, "HEAD"])
-
-
-def _known_kind(collection: str, kind: str) -> str:
-    """Raises: NotFound: a route of a kind that does not exist does not either."""
-    if kind not in KINDS[collection]:
-        raise NotFound(f"there is no kind '{kind}'; there are {', '.join(KINDS[collection])}")
+    kind: str = request.path_params["kind"]
+    known = dialects.KINDS[spec.COLLECTIONS[collection]]
+    if kind not in known:
+        raise NotFound(f"there is no kind '{shortened(kind)}' in {BASE}/{collection}; there are {', '.join(known)}")
     return kind
 
 
-def _id_of(request: Request) -> int:
-    """Raises: NotFound, when what stands for an id is none."""
-    text = request.path_params["id"]
-    if not is_number(text):
-        raise NotFound(f"'{text}' is no id")
-    return int(text)
-
-
 def _is_of_kind(picture: Picture, kind: str) -> bool:
-    """Whether the object belongs to the route of `kind`: an attach-mount also to its attachment's."""
+    """Whether the object belongs to the routes of `kind`: an attach-mount also to its attachment's."""
     record = picture.record
-    if kind == record.kind:
-        return True
     edges = record.edges() if record.kind == "attach" else []
-    return any(kind == picture.below[key].kind for key in edges if key in picture.below)
+    return kind == record.kind or any(kind == picture.below[key].kind for key in edges if key in picture.below)
+
+
+def _state(picture: Picture) -> str | None:
+    return picture.record.run.state if picture.record.run else None

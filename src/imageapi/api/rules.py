@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from imageapi.errors import Invalid, Unsupported
-from imageapi.spec import MASK, Bind, Chap, Container, Loopback, Object, RbdOptions, Secret, Spec
+from imageapi.spec import MASK, Bind, Container, Loopback, Object, RbdOptions, Secret, Spec
 
-NAMESPACES = {"mnt", "pid", "uts", "ipc"}
+NAMESPACES = ["ipc", "mnt", "pid", "uts"]
 """What every container gets."""
 
 
@@ -20,25 +20,37 @@ def check(thing: Object) -> None:
 
 
 def _walk(part: Any, path: str) -> None:
+    RULES.get(type(part), _nothing)(part, path)
     if isinstance(part, list):
         for number, item in enumerate(part):
             _walk(item, f"{path}[{number}]")
     elif isinstance(part, Spec):
-        RULES.get(type(part), _nothing)(part, path)
         for field in part.__struct_fields__:
-            value = getattr(part, field)
-            if isinstance(value, Spec | list):
-                _walk(value, f"{path}.{field}")
+            _walk(getattr(part, field), f"{path}.{field}")
 
 
 def _nothing(part: Any, path: str) -> None:
     pass
 
 
+def _text(part: str, path: str) -> None:
+    """The kernel's strings end at the first zero byte."""
+    if "\0" in part:
+        raise Invalid("this must not hold a NUL", path=path)
+
+
+def _secret(part: Secret, path: str) -> None:
+    if part.reveal() == MASK:
+        raise Invalid("this is the mask that answers show; give the key, or refer to the attachment by id", path=path)
+    if not part.reveal():
+        raise Invalid("the secret is empty; give the key", path=path)
+    _text(part.reveal(), path)
+
+
 def _container(part: Container, path: str) -> None:
     if part.state not in (None, "created", "running"):
         raise Invalid("a new container is 'created' or 'running'", path=f"{path}.state")
-    if part.namespaces is not None and (set(part.namespaces) != NAMESPACES or len(part.namespaces) != len(NAMESPACES)):
+    if part.namespaces is not None and sorted(part.namespaces) != NAMESPACES:
         raise Unsupported(
             "a container has the namespaces mnt, pid, uts and ipc, and no choice of others yet; leave the list out",
             path=f"{path}.namespaces",
@@ -56,19 +68,10 @@ def _based(part: Loopback | Bind, path: str) -> None:
 
 
 def _rbd_options(part: RbdOptions, path: str) -> None:
-    _not_masked(part.secret, f"{path}.secret")
-    if part.secret is not None and not _is_base64(part.secret.reveal()):
+    if part.secret is None or part.secret.reveal() == MASK:
+        return
+    if not _is_base64(part.secret.reveal()):
         raise Invalid("the key is no base64; give it as 'ceph auth get-key' prints it", path=f"{path}.secret")
-
-
-def _chap(part: Chap, path: str) -> None:
-    _not_masked(part.secret, f"{path}.secret")
-    _not_masked(part.mutual_secret, f"{path}.mutual_secret")
-
-
-def _not_masked(secret: Secret | None, path: str) -> None:
-    if secret is not None and secret.reveal() == MASK:
-        raise Invalid("this is the mask that answers show; give the key, or refer to the attachment by id", path=path)
 
 
 def _is_base64(text: str) -> bool:
@@ -83,5 +86,6 @@ RULES: dict[type, Callable[[Any, str], None]] = {
     Loopback: _based,
     Bind: _based,
     RbdOptions: _rbd_options,
-    Chap: _chap,
+    Secret: _secret,
+    str: _text,
 }

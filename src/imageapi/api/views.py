@@ -5,6 +5,7 @@ The collection form shows everything an object stands on whole, all the way down
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -15,40 +16,73 @@ from imageapi.records import AnyRecord, Key, Run
 from imageapi.spec import Attach, Attachment, Container, Mount, Spec
 
 View = dict[str, Any]
+Child = Callable[[Key], Any]
+"""How an object shows one that it stands on."""
+
+DEEPEST = 150
+"""How many objects an answer nests in each other. What a chain of references has built deeper is shown by its id from
+there on: parsers of JSON have their limits (Python's and msgspec's is at 1,000 levels)."""
 
 
 def whole(picture: Picture) -> View:
     """The collection form."""
-    return _whole(picture, picture.record)
+    views: dict[Key, View] = {}
+    heights: dict[Key, int] = {}
+
+    def child(key: Key) -> View:
+        below = views.get(key)
+        return below if below and heights[key] < DEEPEST else _reference(key, below)
+
+    for record in _children_first(picture):
+        heights[record.key] = 1 + max((heights.get(key, 0) % DEEPEST for key in record.edges()), default=0)
+        views[record.key] = _object(picture, record, child)
+    return views[picture.record.key]
 
 
 def flat(picture: Picture, kind: str) -> View:
     """The form of the routes of `kind`: its own, or for an attach-mount its attachment's."""
     record = picture.record
-    part = record.definition
-    if isinstance(part, Attach) and kind != record.kind:
-        view = _fields(record, lambda key: key.id)
-        return {"id": record.id, f"{kind}_id": view.pop("attach"), **view, **_facts(picture, record)}
-    return {"id": record.id, **_fields(record, lambda key: key.id), **_facts(picture, record)}
+    fields = _fields(record, lambda key: key.id)
+    if isinstance(record.definition, Attach) and kind != record.kind:
+        fields = {f"{kind}_id": fields.pop("attach"), **fields}
+    return {"id": record.id, **fields, **_learnt(picture, record)}
 
 
-def _whole(picture: Picture, record: AnyRecord) -> View:
-    def child(key: Key) -> Any:
-        below = picture.below.get(key)
-        return {"id": key.id} if below is None else _whole(picture, below)
+def _children_first(picture: Picture) -> Iterator[AnyRecord]:
+    """The object and all that it stands on, each once, and each after what it stands on itself."""
+    known = {picture.record.key: picture.record, **picture.below}
+    done: set[Key] = set()
+    waiting = [picture.record.key]
+    while waiting:
+        key = waiting[-1]
+        before = [edge for edge in known[key].edges() if edge in known and edge not in done]
+        waiting += before
+        if not before and waiting.pop() not in done:
+            done.add(key)
+            yield known[key]
 
+
+def _reference(key: Key, below: View | None) -> View:
+    """An object that is not shown whole: one that is gone, or lies too deep."""
+    return {"id": key.id, "kind": below["kind"]} if below else {"id": key.id}
+
+
+def _object(picture: Picture, record: AnyRecord, child: Child) -> View:
     if isinstance(record.spec, Container):
         return _container(picture, record, child)
-    fields = _fields(record, child)
-    return {"id": record.id, "kind": record.kind, record.kind: fields, **_facts(picture, record)}
-
-
-def _container(picture: Picture, record: AnyRecord, child: Any) -> View:
-    asked, run = record.spec, record.run or Run()
-    name = {"name": asked.name} if asked.name else {}
     return {
         "id": record.id,
-        **name,
+        "kind": record.kind,
+        record.kind: _fields(record, child),
+        **_learnt(picture, record),
+    }
+
+
+def _container(picture: Picture, record: AnyRecord, child: Child) -> View:
+    asked, run = record.spec, record.run or Run()
+    return {
+        "id": record.id,
+        **({"name": asked.name} if asked.name else {}),
         "mount": child(record.edges()[0]),
         "command": asked.command,
         "systemd": asked.systemd,
@@ -65,29 +99,18 @@ def _container(picture: Picture, record: AnyRecord, child: Any) -> View:
     }
 
 
-def _fields(record: AnyRecord, child: Any) -> View:
-    """The kind's own object as it was asked for, what the server has learnt of it included."""
+def _fields(record: AnyRecord, child: Child) -> View:
+    """The kind's own object: what was asked for and what holds by default, and what the server has learnt of it.
+    Fields without a value are left out."""
     part: Spec = record.definition
-    view: View = {}
-    for field in part.__struct_fields__:
-        value = getattr(part, field)
-        if field in spec.server_fields(type(part)):
-            value = getattr(record.facts, field, None)
-        if _is_said(part, field, value):
-            view[field] = _value(value, child)
-    return view
+    learnt = spec.server_fields(type(part))
+    values = {
+        field: getattr(record.facts if field in learnt else part, field, None) for field in part.__struct_fields__
+    }
+    return {field: _value(value, child) for field, value in values.items() if value is not None}
 
 
-def _is_said(part: Any, field: str, value: Any) -> bool:
-    """Whether a field has something to say: it is required, or differs from its default."""
-    fields = type(part).__struct_fields__
-    optional = fields[len(fields) - len(type(part).__struct_defaults__) :]
-    if field not in optional:
-        return True
-    return bool(value != type(part).__struct_defaults__[optional.index(field)])
-
-
-def _value(value: Any, child: Any) -> Any:
+def _value(value: Any, child: Child) -> Any:
     if isinstance(value, Attachment | Mount):
         return child(Key(value.COLLECTION, value.id or 0))
     if isinstance(value, list):
@@ -95,7 +118,8 @@ def _value(value: Any, child: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=spec.masking_hook)
 
 
-def _facts(picture: Picture, record: AnyRecord) -> View:
+def _learnt(picture: Picture, record: AnyRecord) -> View:
+    """What the server knows of the object beside what was asked for."""
     place = "device_file" if record.key.collection == Attachment.COLLECTION else "mountpoint"
     found = getattr(record.facts, place)
     return {**({place: found} if found else {}), "refs": picture.refs[record.key], **_problem(record)}
