@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imageapi.linux import loop
-from lab.server import Server, box, eventually, image, squashfs
+from lab.server import Server, alive, box, eventually, image, squashfs
 
 pytestmark = pytest.mark.api
 
@@ -39,11 +39,10 @@ def test_mounts_and_loops_without_a_record_go(server: Server) -> None:
 
 
 def test_a_container_without_a_record_goes_with_its_mounts(server: Server) -> None:
-    server.post("/container", box("/bin/sleep 1000"))
+    made = server.post("/container", box("/bin/sleep 1000"))
     _forget_all(server)
     server.start()
-    server.stop()
-    server.start()
+    assert not alive(made["pid"])
     assert server.everything() == []
     assert os.listdir(server.run_dir / "mounts") == []
 

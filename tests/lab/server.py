@@ -57,6 +57,10 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Returns when it answers."""
         command = [sys.executable, "-m", "imageapi.server", "--scheme", "unix", "--socket-path", str(self.socket)]
@@ -151,6 +155,8 @@ def running(run_dir: Path, *options: str) -> Iterator[Server]:
     try:
         server.start()
         yield server
+        if not server.runs:
+            server.start()
         server.clear()
         assert server.everything() == []
     finally:

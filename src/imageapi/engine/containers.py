@@ -51,6 +51,7 @@ class Containers:
         self._starting: dict[Key, asyncio.Task[None]] = {}
         self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
+        self._strangers: dict[tuple[int, int], asyncio.Event] = {}
         self._supervisor = Supervisor(ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended)
         self._stopper = Stopper(self._supervisor, config.stop_timeout)
 
@@ -60,8 +61,7 @@ class Containers:
         for key, life in lives.items():
             record = self._graph.find(key)
             if record is None or not self._adopt(record, life):
-                await self._supervisor.kill(life.id, life.attempt)
-                await self._supervisor.forget(life.id, life.attempt)
+                await self._dismiss(life)
         for record in self._graph.all("container"):
             if self.active(record) and record.key not in lives:
                 self._tasks.spawn(self._finish(record, None))
@@ -225,6 +225,8 @@ class Containers:
 
     def _on_ended(self, ended: Ended) -> None:
         """The supervisor says that a first process has ended. It may say so before `_start` knows that it began."""
+        if stranger := self._strangers.get((ended.id, ended.attempt)):
+            stranger.set()
         record = self._graph.find(Key("container", ended.id))
         if record is None or _run(record).attempt != ended.attempt:
             return
@@ -291,6 +293,19 @@ class Containers:
         elif run.stop_requested:
             self._tasks.spawn(self._stopper.stop(record, self._end_of(record)))
         return True
+
+    async def _dismiss(self, life: Life) -> None:
+        """End what the supervisor runs and no record means, so that what it stands on can go."""
+        end = self._strangers[life.id, life.attempt] = asyncio.Event()
+        try:
+            if life.running:
+                await self._supervisor.kill(life.id, life.attempt)
+                await asyncio.wait_for(end.wait(), self._operation_timeout)
+            await self._supervisor.forget(life.id, life.attempt)
+        except (Problem, TimeoutError) as error:
+            log.error("process %d belongs to no container, and does not end: %s", life.pid, error)
+        finally:
+            del self._strangers[life.id, life.attempt]
 
     def _end_of(self, record: AnyRecord) -> asyncio.Event:
         """What is set when the container's present run has ended."""
