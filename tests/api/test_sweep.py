@@ -42,7 +42,7 @@ def test_a_container_without_a_record_goes_with_its_mounts(server: Server) -> No
     made = server.post("/container", box("/bin/sleep 1000"))
     _forget_all(server)
     server.start()
-    assert not alive(made["pid"])
+    assert not alive(made["pid"]), server.log.read_text()
     assert server.everything() == []
     assert os.listdir(server.run_dir / "mounts") == []
 

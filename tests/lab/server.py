@@ -68,9 +68,11 @@ class Server:
             self._process = subprocess.Popen(
                 [*command, "--run-dir", str(self.run_dir), *self._options], stdout=log, stderr=log, cwd="/"
             )
-        eventually(self._answers, "the server answers")
+        eventually(self._listens, "the server listens")
+        self.get("/container")
 
-    def _answers(self) -> bool:
+    def _listens(self) -> bool:
+        """It does so before it has looked at what the last one left; what is asked meanwhile is answered after."""
         assert self._process is not None
         assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
         with socket.socket(socket.AF_UNIX) as probe:
