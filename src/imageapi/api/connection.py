@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,7 +23,7 @@ from imageapi.errors import Exhausted, HeadersTooLarge, Malformed, Problem, TooS
 LINGER = 5.0
 """Seconds for which a connection whose last answer is sent is read on, so that the client can read the answer."""
 LAST_WORDS = 1.0
-"""Seconds at the end of the server for requests that were cancelled to say so."""
+"""Seconds at the end of the server for requests that were cancelled to say so, and for clients to hear it."""
 
 
 class Connections:
@@ -31,6 +32,7 @@ class Connections:
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self._config = config
         self._state = ServerState()
+        self._empty = asyncio.Event()
         self._uvicorn = uvicorn.Config(
             app,
             http=Connection,
@@ -38,25 +40,43 @@ class Connections:
             lifespan="off",
             log_config=None,
             access_log=False,
+            log_level="error",  # what it warns of are clients that we answer
             proxy_headers=False,
             timeout_keep_alive=max(1, round(config.keep_alive)),
         )
         self._uvicorn.load()
 
     def new(self) -> Connection:
-        return Connection(self._uvicorn, self._state, {}, limits=self._config)
+        return Connection(self._uvicorn, self._state, {}, limits=self._config, lost=self._look)
+
+    def _open(self) -> list[Connection]:
+        return cast("list[Connection]", list(self._state.connections))
+
+    def _look(self) -> None:
+        if not self._state.connections:
+            self._empty.set()
 
     async def finish(self) -> None:
-        """Close what is idle, wait for the answers that are due, and cancel what takes too long."""
-        for connection in list(self._state.connections):
+        """Wait for the answers that are due, cancel what takes too long, and close all. A loop that is closed while it
+        still has connections fails (EBUSY, of uv_loop_close)."""
+        for connection in self._open():
             connection.shutdown()
-        deadline = asyncio.get_running_loop().time() + self._config.graceful_timeout
+        await self._answered(self._config.graceful_timeout)
+        for task in list(self._state.tasks):
+            task.cancel()
+        await self._answered(LAST_WORDS)
+        for end in (Connection.end, Connection.abort):
+            for connection in self._open():
+                end(connection)
+            self._look()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), LAST_WORDS)
+
+    async def _answered(self, seconds: float) -> None:
+        """Wait for all requests under way, also those that a connection had waiting behind another."""
+        deadline = asyncio.get_running_loop().time() + seconds
         while self._state.tasks and (left := deadline - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(set(self._state.tasks), timeout=left)
-        if late := set(self._state.tasks):
-            for task in late:
-                task.cancel()
-            await asyncio.wait(late, timeout=LAST_WORDS)
 
 
 class Part(Enum):
@@ -70,9 +90,10 @@ class Part(Enum):
 class Connection(HttpToolsProtocol):
     """uvicorn's, with limits, and with answers in JSON to what is no request."""
 
-    def __init__(self, *arguments: Any, limits: Config) -> None:
+    def __init__(self, *arguments: Any, limits: Config, lost: Callable[[], None]) -> None:
         super().__init__(*arguments)
         self._limits = limits
+        self._lost = lost
         self._part = Part.HEAD
         self._chunk = 0
         self._head_size = 0
@@ -82,7 +103,8 @@ class Connection(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------ begin and end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Lingering(transport, self.loop))  # type: ignore[arg-type]
+        self._lingering = Lingering(transport, self.loop)
+        super().connection_made(self._lingering)  # type: ignore[arg-type]
         limit = self._limits.listen_limit
         if limit and len(self.connections) > limit:
             self._refuse(Exhausted(f"{limit} connections are open, which is the --listen-limit; close one"))
@@ -93,6 +115,14 @@ class Connection(HttpToolsProtocol):
         _cancel(self._reading)
         _cancel(self._writing)
         super().connection_lost(exc)
+        self._lost()
+
+    def end(self) -> None:
+        """Close once all that was said is on its way, without waiting for the client."""
+        self._lingering.end()
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     # ------------------------------------------------------------------------------------------ a request
 
@@ -210,3 +240,7 @@ class Lingering:
             self._transport.write_eof()
             self._transport.resume_reading()
         self._loop.call_later(LINGER, self._transport.abort)
+
+    def end(self) -> None:
+        self._ending = True
+        self._transport.close()
