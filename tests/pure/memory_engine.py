@@ -64,6 +64,9 @@ class MemoryEngine(Engine):
             record.run = Run(logfile=f"/run/logs/{record.id}.log", created_at="2026-01-01T00:00:00Z")
         elif record.key.collection == "mount":
             record.facts = Facts(mountpoint=f"/run/mounts/mount_{record.id}")
+            if record.kind == "overlay":
+                record.facts.upperdir = f"/run/mounts/upper_{record.id}"
+                record.facts.workdir = f"/run/mounts/work_{record.id}"
         else:
             record.facts = Facts(device_file=f"/dev/loop{record.id}")
         self._graph.add(record)

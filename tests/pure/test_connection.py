@@ -242,6 +242,17 @@ def test_a_create_may_take_longer_than_reading_its_request() -> None:
         assert peer.answer()[0] == 201
 
 
+def test_a_request_waits_behind_another_as_long_as_that_takes() -> None:
+    """Nobody reads on meanwhile: the client is not to blame that its second body has not come."""
+    with Service(read_timeout=0.2) as service, service.begin() as peer, service.connect() as idle:
+        peer.send(CREATE[:-5])
+        assert idle.answer()[0] == 408, "as long as a connection that began later had"
+        service.open_gate()
+        assert peer.answer()[0] == 201
+        peer.send(CREATE[-5:])
+        assert peer.answer()[0] == 201
+
+
 def test_a_client_that_hangs_up_has_its_create_undone(service: Service) -> None:
     service.begin().socket.close()
     assert service.engine.cancelled.wait(PATIENCE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from imageapi import spec
 from imageapi.api import dialects, views
@@ -146,6 +148,52 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "a wrong type in a list": ("attach", {**RBD, "monitors": ["a", 3]}, "rbd", "$.monitors[1]", "str"),
     "no monitors": ("attach", {**RBD, "monitors": []}, "rbd", "$.monitors", ""),
     "no lower": ("mount", {"lower": []}, "overlay", "$.lower", ""),
+    "no list": ("mount", {"lower": {"id": 1}}, "overlay", "$.lower", "an array, not an object"),
+    "lists in lists": ("mount", {"lower": [[[1]]]}, "overlay", "$.lower[0]", "an object, not an array"),
+    "an id that is a string": ("mount", {"lower": [{"id": "1"}]}, "overlay", "$.lower[0].id", "a whole number"),
+    "an id that is a fraction": ("mount", {"lower": [{"id": 1.5}]}, "overlay", "$.lower[0].id", "a whole number"),
+    "too large an id, bare": ("mount", {"lower": [0, 2**80]}, "overlay", "$.lower[1]", "2147483647 or less"),
+    "a negative id": ("mount", {"rbd_id": -1, "fs_type": "x"}, "rbd", "$.rbd_id", "0 or more"),
+    "a negative id, the tutorial's way": ("mount", {"id": -1, "fs_type": "x"}, "rbd", "$.id", "0 or more"),
+    "a reference at the top": ("mount", {"mount_id": 3}, None, "$.mount_id", "leave it out"),
+    "a reference at the top of a kind": (
+        "mount", {"mount_id": 3, "lower": [1]}, "overlay", "$.mount_id", "leave it out"),
+    "an id in a definition": ("mount", {"overlay": {"id": 3, "lower": [1]}}, None, "$.overlay.id", "beside the kind"),
+    "an id in a nested flat": (
+        "mount", {"lower": [{"rbd": {"id": 3, "rbd_id": 1, "fs_type": "x"}}]}, "overlay", "$.lower[0].rbd.id",
+        "rbd_id"),
+    "another kind in a flat's reference": (
+        "mount", {"rbd": {"id": 3, "kind": "iscsi"}, "fs_type": "x"}, "rbd", "$.rbd.kind", "rbd"),
+    "neither, on the route": ("mount", {"fs_type": "x"}, "rbd", "$", "'rbd_id'"),
+    "an attachment that is none": ("mount", {"rbd": "x", "fs_type": "x"}, "rbd", "$.rbd", "an object, not a string"),
+    "an unknown field of the attachment, deep on the route of attach": (
+        "mount", {"fs_type": "x", "attach": {"rbd": {**RBD, "imge": 1}}}, "attach", "$.attach.rbd.imge", "'image'"),
+    "a kind that is no string": ("mount", {"kind": 3, "overlay": {}}, None, "$.kind", "a string"),
+    "a kind that is no string, beside an id": ("mount", {"lower": [{"id": 1, "kind": []}]}, "overlay",
+                                               "$.lower[0].kind", "a string"),
+    "a base": ("attach", {"path": "/a", "base": "rooot"}, "loopback", "$.base", "not one of root, mount"),
+    "an option of another value": (
+        "attach", {**RBD, "options": {"ms_mode": "fast"}}, "rbd", "$.options.ms_mode", "prefer-secure"),
+    "a port": ("attach", {"initiator": "a", "target": "b", "host": "c", "port": 70000}, "iscsi", "$.port", "65535 or"),
+    "two spellings that differ": (
+        "attach", {"initiator": "a", "target": "b", "host": "c", "max_commands": 1, "max_comands": 2}, "iscsi",
+        "$.max_commands", "differ"),
+    "a bad value by the other spelling": (
+        "attach", {"initiator": "a", "target": "b", "host": "c", "max_commands": 0}, "iscsi", "$.max_commands", "1 or"),
+    "an empty secret": (
+        "attach", {"initiator": "a", "target": "b", "host": "c", "chap": {"user": "u", "secret": ""}}, "iscsi",
+        "$.chap.secret", "empty"),
+    "a checksum": ("mount", {"uri": "http://x", "sha256": "abc"}, "uri", "$.sha256", "64 hexadecimal"),
+    "a state that is no word": ("container", {"mount": 1, "command": "/x", "state": "flying"}, None, "$.state",
+                                "'created' or 'running'"),
+    "a long command": ("container", {"mount": 1, "command": "x" * 5000}, None, "$.command", "longer than 4096"),
+    "a NUL in an option": (
+        "mount", {"fs_type": "x", "attach": 1, "mount_options": ["a", "b\0c"]}, "attach", "$.mount_options[1]", "NUL"),
+    "a NUL in a name": ("attach", {**RBD, "options": {"name": "a\0"}}, "rbd", "$.options.name", "NUL"),
+    "a name that ends a line": ("container", {"mount": 1, "command": "/x", "name": "a\n"}, None, "$.name", "letters"),
+    "a name that is a directory": ("container", {"mount": 1, "command": "/x", "name": ".."}, None, "$.name", "'..'"),
+    "a field with a long name": (
+        "container", {"mount": 1, "command": "/x", "y" * 200: 1}, None, "$." + "y" * 200, "yyy..."),
     "a boolean for an id": ("mount", {"lower": [True]}, "overlay", "$.lower[0]", "object"),
     "too large an id": ("mount", {"lower": [{"id": 2**31}]}, "overlay", "$.lower[0].id", "2147483647"),
     "a masked secret": ("attach", {**RBD, "options": {"secret": MASK}}, "rbd", "$.options.secret", "by id"),
@@ -181,11 +229,73 @@ def test_other_namespaces_are_not_there_yet(namespaces: list[str]) -> None:
     assert refuse("container", body, problem=Unsupported).fields["path"] == "$.namespaces"
 
 
+def nest(depth: int, body: Any, key: str = "overlay") -> Any:
+    for _ in range(depth):
+        body = {key: {"lower": [body]}}
+    return body
+
+
 def test_a_bomb_of_nests_is_refused() -> None:
-    body: Any = {"id": 1}
-    for _ in range(5000):
-        body = {"kind": "overlay", "overlay": {"lower": [body]}}
-    assert "nested" in refuse("mount", body).message
+    for bomb in (nest(5000, {"id": 1}), {"kind": nest(900, {}), "overlay": {}}, {"overlay": nest(5000, {}, "x")}):
+        assert refuse("mount", bomb).fields["path"].startswith("$")
+    assert "nested" in refuse("mount", nest(5000, {"id": 1})).message
+
+
+def test_nests_are_as_deep_as_the_limit() -> None:
+    read("mount", nest(dialects.DEEPEST, 1))
+    assert "nested more than" in refuse("mount", nest(dialects.DEEPEST + 1, 1)).message
+
+
+def test_the_deepest_nest_can_be_planned_and_shown() -> None:
+    image: Any = 1
+    for _ in range(dialects.DEEPEST):
+        image = {"rbd": {**FLAT, "rbd": RBD}} if image == 1 else {"loopback": {"fs_type": "squashfs", "loopback": {
+            "path": "/image", "base": "mount", "mount": image}}}
+    graph, planned = _made(read("container", {"mount": image, "command": "/x"}))
+    assert len(planned.steps) == 2 * dialects.DEEPEST + 1
+    assert views.whole(graph.picture(planned.root.key))["command"] == "/x"
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_what_is_optional_may_be_empty(empty: Any) -> None:
+    """Go clients send all their fields."""
+    body = {"name": empty, "mount": {"kind": empty, "id": 1}, "command": "/x", "state": empty, "namespaces": None}
+    assert read("container", body) == Container(mount=Mount(id=1), command="/x")
+    options = dict.fromkeys(("name", "secret", "namespace", "fsid", "ip", "crush_location", "ms_mode"), empty)
+    assert read("attach", {**RBD, "snapshot": empty, "options": {**options, "ro": True}}, "rbd") == rbd()
+    assert read("mount", {**FLAT, "mount_options": [""], "kind": empty}, "rbd") == CANONICAL
+
+
+def test_what_is_not_optional_text_may_not_be_empty() -> None:
+    for body, path in (({"path": "", "base": "root"}, "$.path"), ({**LOOP, "ro": ""}, "$.ro")):
+        assert refuse("attach", body, "loopback").fields["path"] == path
+
+
+WORDS = sorted({name for struct in (Mount, Attach, Overlay, Attachment, Rbd, Loopback, Container)
+                for name in struct.__struct_fields__} | {"rbd_id", "mount_id", "max_commands", "nonsense"})  # fmt: skip
+scalars = st.none() | st.booleans() | st.integers(-2, 2**40) | st.sampled_from(["", "rbd", "attach", "/a", MASK, "\0"])
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=25,
+)  # fmt: skip
+routes = st.sampled_from([("attach", None), ("mount", None), ("container", None), ("attach", "rbd"), ("mount", "rbd"),
+                          ("mount", "attach"), ("mount", "overlay"), ("attach", "loopback")])  # fmt: skip
+
+
+@given(routes, anything)
+def test_anything_is_an_object_or_a_problem_at_a_place_of_its_own(route: tuple[str, str | None], body: Any) -> None:
+    """Nothing but a problem is raised; its place is one that the body has, or the field that it lacks there."""
+    try:
+        thing = read(route[0], body, route[1])
+    except Problem as problem:
+        place, lacking = problem.fields["path"], True
+    else:
+        assert isinstance(thing, spec.COLLECTIONS[route[0]])
+        return
+    for step in re.findall(r"\.(\w+)|\[(\d+)\]", place):
+        assert lacking, f"{place} is below what is not there"
+        lacking = step[0] in body if step[0] and isinstance(body, dict) else bool(step[1]) and isinstance(body, list)
+        body = (body[step[0]] if step[0] else body[int(step[1])]) if lacking else None
 
 
 # -------------------------------------------------------------------------------------------------- the way back

@@ -298,6 +298,14 @@ def test_another_type_is_refused_also_where_nobody_reads_it(full: Client, method
     assert ids(full.get("/container?state=created")) == [0, 1]
 
 
+def test_the_type_of_a_body_in_pieces_counts_too(full: Client) -> None:
+    async def pieces() -> Any:
+        yield b"force=true"
+
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    full.refused(415, "POST", "/container/0/running", headers=form, content=pieces())
+
+
 def test_a_packed_body_is_refused(client: Client) -> None:
     client.refused(415, "POST", "/mount", headers={**JSON, "content-encoding": "gzip"}, content=b"x")
 
