@@ -139,8 +139,16 @@ def test_a_chain_of_any_length_is_an_answer_that_parsers_can_read(length: int) -
     depth = 1
     while "bind" in shown and "mount" in shown["bind"]:
         shown, depth = shown["bind"]["mount"], depth + 1
-    assert depth <= views.DEEPEST + 1
+    assert depth == min(length, views.DEEPEST + 1)
     assert (shown["id"], shown["kind"]) == (length - depth, "bind")
+
+
+def test_the_longest_way_down_is_what_counts() -> None:
+    """One that stands right under the top and at the end of a chain is not deeper in the answer than any may be."""
+    chain = [bind(number, below=number - 1 if number else None) for number in range(2000)]
+    lower = overlay(Mount(id=1999), *(Mount(id=number) for number in range(1999)))
+    shown = views.whole(picture(*chain, Record(id=2000, spec=lower, token=9999)))
+    assert len(msgspec.json.encode(shown["overlay"]["lower"][0])) < 20_000
 
 
 def test_every_secret_is_the_mask() -> None:

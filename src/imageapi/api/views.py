@@ -5,6 +5,7 @@ The collection form shows everything an object stands on whole, all the way down
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,16 +27,12 @@ there on: parsers of JSON have their limits (Python's and msgspec's is at 1,000 
 
 def whole(picture: Picture) -> View:
     """The collection form."""
+    order = list(_children_first(picture))
+    levels = _levels(order)
     views: dict[Key, View] = {}
-    heights: dict[Key, int] = {}
-
-    def child(key: Key) -> View:
-        below = views.get(key)
-        return below if below and heights[key] < DEEPEST else _reference(key, below)
-
-    for record in _children_first(picture):
-        heights[record.key] = 1 + max((heights.get(key, 0) % DEEPEST for key in record.edges()), default=0)
-        views[record.key] = _object(picture, record, child)
+    for record in order:
+        deep = levels[record.key] >= DEEPEST
+        views[record.key] = {"id": record.id, "kind": record.kind} if deep else _object(picture, record, views)
     return views[picture.record.key]
 
 
@@ -62,12 +59,21 @@ def _children_first(picture: Picture) -> Iterator[AnyRecord]:
             yield known[key]
 
 
-def _reference(key: Key, below: View | None) -> View:
-    """An object that is not shown whole: one that is gone, or lies too deep."""
-    return {"id": key.id, "kind": below["kind"]} if below else {"id": key.id}
+def _levels(order: list[AnyRecord]) -> dict[Key, int]:
+    """How far below the last of `order` each object is: the longest way counts."""
+    levels: defaultdict[Key, int] = defaultdict(int)
+    for record in reversed(order):
+        for edge in record.edges():
+            levels[edge] = max(levels[edge], levels[record.key] + 1)
+    return levels
 
 
-def _object(picture: Picture, record: AnyRecord, child: Child) -> View:
+def _object(picture: Picture, record: AnyRecord, views: dict[Key, View]) -> View:
+    """An object by the views of those it stands on. One that is gone, deleted by force, is shown by its id."""
+
+    def child(key: Key) -> View:
+        return views.get(key, {"id": key.id})
+
     if isinstance(record.spec, Container):
         return _container(picture, record, child)
     return {
