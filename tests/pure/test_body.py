@@ -34,7 +34,7 @@ PLACES: list[tuple[bytes, int, int, str]] = [
     (b'{"a":\n\n 1 7}', 3, 4, "found a number"),
     (b"[1,]", 1, 4, "found ']'"),
     (b"{'a': 1}", 1, 2, "found '''"),
-    (b'["\x01"]', 1, 3, "control character"),
+    (b'["\x01"]', 1, 3, "invalid control character, found an unprintable"),
     (b'["\\x"]', 1, 3, "escape"),
     (b"[1] x", 1, 5, "extra data"),
     (b'{"a": NaN}', 1, 7, "invalid character"),

@@ -145,9 +145,11 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "an unknown option": ("attach", {**RBD, "options": {"readonly": True}}, "rbd", "$.options.readonly", "readonly"),
     "a missing field": ("attach", {"path": "/a"}, "loopback", "$.base", "missing"),
     "a wrong type": ("mount", {"rbd": {**FLAT, "rbd": {**RBD, "pool": 3}}}, None, "$.rbd.rbd.pool", "str"),
+    "a wrong type in a nested flat": ("mount", {"lower": [{"rbd": {**FLAT, "fs_type": 3}}]}, "overlay",
+                                      "$.lower[0].rbd.fs_type", "a string"),
     "a wrong type in a list": ("attach", {**RBD, "monitors": ["a", 3]}, "rbd", "$.monitors[1]", "str"),
-    "no monitors": ("attach", {**RBD, "monitors": []}, "rbd", "$.monitors", ""),
-    "no lower": ("mount", {"lower": []}, "overlay", "$.lower", ""),
+    "no monitors": ("attach", {**RBD, "monitors": []}, "rbd", "$.monitors", "at least one"),
+    "no lower": ("mount", {"lower": []}, "overlay", "$.lower", "at least one"),
     "no list": ("mount", {"lower": {"id": 1}}, "overlay", "$.lower", "an array, not an object"),
     "lists in lists": ("mount", {"lower": [[[1]]]}, "overlay", "$.lower[0]", "an object, not an array"),
     "an id that is a string": ("mount", {"lower": [{"id": "1"}]}, "overlay", "$.lower[0].id", "a whole number"),
@@ -236,6 +238,9 @@ def nest(depth: int, body: Any, key: str = "overlay") -> Any:
 
 
 def test_a_bomb_of_nests_is_refused() -> None:
+    deep = nest(5000, {})
+    for bomb in ({"lower": [{"id": deep, "mount_id": nest(5000, {})}]}, {"id": deep}):
+        assert refuse("mount", bomb, "overlay").fields["path"].startswith("$")
     for bomb in (nest(5000, {"id": 1}), {"kind": nest(900, {}), "overlay": {}}, {"overlay": nest(5000, {}, "x")}):
         assert refuse("mount", bomb).fields["path"].startswith("$")
     assert "nested" in refuse("mount", nest(5000, {"id": 1})).message
