@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -98,7 +100,7 @@ def bind(number: int, below: int | None = None) -> AnyRecord:
 
 
 def test_what_was_learnt_and_what_is_wrong_is_shown_only_where_it_is() -> None:
-    mount = Record(id=0, spec=Mount(kind="overlay", overlay=overlay(Mount(id=5)).overlay), token=1)
+    mount = Record(id=0, spec=overlay(Mount(id=5)), token=1)
     assert views.flat(picture(mount), "overlay") == {"id": 0, "lower": [5], "refs": 1}
     mount.facts = Facts(mountpoint="/m", upperdir="/u", workdir="/w", detail={"private": 1})
     mount.problem = "its lower is gone"
@@ -127,7 +129,7 @@ def test_a_container_always_shows_what_it_may_not_have() -> None:
 
 
 def test_one_object_that_several_stand_on_is_whole_in_each() -> None:
-    top = Record(id=2, spec=Mount(kind="overlay", overlay=overlay(Mount(id=1), Mount(id=0)).overlay), token=7)
+    top = Record(id=2, spec=overlay(Mount(id=1), Mount(id=0)), token=7)
     one, other = views.whole(picture(bind(0), bind(1, below=0), top))["overlay"]["lower"]
     assert one["bind"]["mount"] == other == {"id": 0, "kind": "bind", "refs": 2, "bind": BIND}
 
@@ -143,12 +145,15 @@ def test_a_chain_of_any_length_is_an_answer_that_parsers_can_read(length: int) -
     assert (shown["id"], shown["kind"]) == (length - depth, "bind")
 
 
-def test_the_longest_way_down_is_what_counts() -> None:
-    """One that stands right under the top and at the end of a chain is not deeper in the answer than any may be."""
-    chain = [bind(number, below=number - 1 if number else None) for number in range(2000)]
-    lower = overlay(Mount(id=1999), *(Mount(id=number) for number in range(1999)))
-    shown = views.whole(picture(*chain, Record(id=2000, spec=lower, token=9999)))
-    assert len(msgspec.json.encode(shown["overlay"]["lower"][0])) < 20_000
+@pytest.mark.parametrize("lower", [(399, 400), (400, 399)])
+def test_the_longest_way_down_is_what_counts(lower: tuple[int, int]) -> None:
+    """Mount 260 lies 140 deep in a chain, and 2 deep by a way of its own."""
+    chain = [bind(number, below=number - 1 if number else None) for number in range(400)]
+    short = Record(id=400, spec=overlay(Mount(id=260)), token=5000)
+    top = Record(id=401, spec=overlay(*(Mount(id=number) for number in lower)), token=5001)
+    steps = re.findall(rb"[{}]", msgspec.json.encode(views.whole(picture(*chain, short, top))))
+    depth = max(accumulate(1 if step == b"{" else -1 for step in steps))
+    assert depth <= 2 * views.DEEPEST + 2
 
 
 def test_every_secret_is_the_mask() -> None:
