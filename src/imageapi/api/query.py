@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 from starlette.requests import Request
@@ -9,10 +10,17 @@ from starlette.requests import Request
 from imageapi import spec
 from imageapi.api.complaints import shortened
 from imageapi.api.dialects import KINDS
-from imageapi.api.resource import DIGITS, number
 from imageapi.errors import Invalid
 
+DIGITS = re.compile(r"[0-9]+")
+BEYOND = 2**31
+"""The least number that is no id. A longer one counts as this: int() refuses 4,300 digits and more."""
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def number(text: str) -> int:
+    """The id written in `text`, which is digits."""
+    return int(text) if len(text.lstrip("0")) <= len(str(BEYOND)) else BEYOND
 
 
 class Query:

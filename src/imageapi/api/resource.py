@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
@@ -14,20 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from imageapi.api import body
 from imageapi.api.problems import answer, bug
+from imageapi.api.query import DIGITS, Query, number
 from imageapi.errors import Exhausted, MethodNotAllowed, NotFound, Problem
 
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
-
-DIGITS = re.compile(r"[0-9]+")
-BEYOND = 2**31
-"""The least number that is no id. A longer one counts as this: int() refuses 4,300 digits and more."""
-
-
-def number(text: str) -> int:
-    """The id written in `text`, which is digits."""
-    return int(text) if len(text.lstrip("0")) <= len(str(BEYOND)) else BEYOND
-
+Handler = Callable[[Request, Query], Awaitable[Response]]
 
 class _Number(Convertor[int]):
     """`{id:number}` in a path: digits, and nothing else."""
@@ -44,6 +34,14 @@ class _Number(Convertor[int]):
 register_url_convertor("number", _Number())
 
 
+class Operation(NamedTuple):
+    """One method of a path: what it does, the query parameters it knows, and whether it reads a body."""
+
+    handler: Handler
+    query: tuple[str, ...] = ()
+    reads: bool = False
+
+
 class Gone(Exception):
     """The client hung up: there is nobody to answer."""
 
@@ -51,9 +49,8 @@ class Gone(Exception):
 class Resource:
     """An ASGI application of the methods it is given. HEAD is answered as GET is, unless `head` says otherwise."""
 
-    def __init__(self, *, head: bool = True, **handlers: Handler) -> None:
-        self._handlers = {**handlers, **({"HEAD": handlers["GET"]} if head and "GET" in handlers else {})}
-        self._allow = sorted(self._handlers)
+    def __init__(self, *, head: bool = True, **operations: Operation) -> None:
+        self.operations = {**operations, **({"HEAD": operations["GET"]} if head and "GET" in operations else {})}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -77,12 +74,12 @@ class Resource:
     async def _handle(self, request: Request) -> Response:
         if b"%2f" in request.scope.get("raw_path", b"").lower():
             raise NotFound("there is nothing with an encoded / in its path")
-        handler = self._handlers.get(request.method)
-        if handler is None:
-            allowed = ", ".join(self._allow)
-            raise MethodNotAllowed(f"{request.method} is not for this path; there are {allowed}", allow=self._allow)
+        operation = self.operations.get(request.method)
+        if operation is None:
+            allow = sorted(self.operations)
+            raise MethodNotAllowed(f"{request.method} is not for this path; there are {', '.join(allow)}", allow=allow)
         body.check_type(request)
-        return await handler(request)
+        return await operation.handler(request, Query(request, *operation.query))
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

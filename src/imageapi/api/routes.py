@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from starlette.requests import Request
@@ -10,11 +11,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from imageapi import spec
-from imageapi.api import body, dialects, views
+from imageapi.api import body, dialects, openapi, views
 from imageapi.api.complaints import shortened
 from imageapi.api.problems import Json
 from imageapi.api.query import Query
-from imageapi.api.resource import Handler, Resource, while_connected
+from imageapi.api.resource import Operation, Resource, while_connected
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.engine.graph import Picture
@@ -34,7 +35,13 @@ class Routes:
 
     def table(self) -> list[Route]:
         """All routes, the more particular ones first: digits are an id, anything else a kind."""
-        return [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
+        routes = [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
+        described = cache(lambda: openapi.document(routes))
+
+        async def handler(request: Request, query: Query) -> Response:
+            return Json(described())
+
+        return [*routes, Route(f"{BASE}/openapi.json", Resource(GET=Operation(handler)))]
 
     def _of_kinds(self, collection: str) -> list[Route]:
         base = f"{BASE}/{collection}"
@@ -54,11 +61,12 @@ class Routes:
     def _of_containers(self) -> list[Route]:
         base = f"{BASE}/container"
         one = Resource(GET=self._get("container"), DELETE=self._delete("container"))
-        state = Resource(GET=self._ask_for_state, POST=self._ask_for_state, head=False)
+        ask = Operation(self._ask_for_state)
+        state = Resource(GET=ask, POST=ask, head=False)
         return [
             Route(base, Resource(
                 GET=self._list("container"), POST=self._create("container"),
-                DELETE=self._delete_by_query("container"), PATCH=self._patch,
+                DELETE=self._delete_by_query("container"), PATCH=Operation(self._patch, ("id", "name", "state")),
             )),
             Route(f"{base}/byname/{{name}}", one),
             Route(f"{base}/byname/{{name}}/{{state}}", state),
@@ -68,11 +76,10 @@ class Routes:
 
     # ------------------------------------------------------------------------------------- collection routes
 
-    def _list(self, collection: str) -> Handler:
+    def _list(self, collection: str) -> Operation:
         known = ("id", "name", "state") if collection == "container" else ("id", "kind")
 
-        async def handler(request: Request) -> Response:
-            query = Query(request, *known)
+        async def handler(request: Request, query: Query) -> Response:
             wanted = self._named(collection, query)
             kind, state = query.kind(collection) if "kind" in known else None, query.state
             found = [
@@ -86,24 +93,22 @@ class Routes:
                 raise NotFound(f"{wanted} is not of that {'state' if state else 'kind'}")
             return Json([views.whole(picture) for picture in found])
 
-        return handler
+        return Operation(handler, known)
 
-    def _create(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
-            Query(request)
+    def _create(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             return await self._make(request, collection, None, views.whole)
 
-        return handler
+        return Operation(handler, reads=True)
 
-    def _delete_by_query(self, collection: str) -> Handler:
+    def _delete_by_query(self, collection: str) -> Operation:
         known = ("id", "name", "force") if collection == "container" else ("id", "force")
 
-        async def handler(request: Request) -> Response:
-            query = Query(request, *known)
+        async def handler(request: Request, query: Query) -> Response:
             force, key = query.force, self._chosen(collection, query)
             return Json(views.whole(await self._engine.delete(key, force=force)))
 
-        return handler
+        return Operation(handler, known)
 
     def _named(self, collection: str, query: Query) -> Key | None:
         """The object that a query names by id, name or both.
@@ -133,27 +138,24 @@ class Routes:
         name = request.path_params.get("name")
         return Key(collection, request.path_params["id"]) if name is None else self._engine.named(name)
 
-    def _get(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
-            Query(request)
+    def _get(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             return Json(views.whole(self._engine.picture(self._key(request, collection))))
 
-        return handler
+        return Operation(handler)
 
-    def _delete(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
-            force, key = Query(request, "force").force, self._key(request, collection)
+    def _delete(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
+            force, key = query.force, self._key(request, collection)
             return Json(views.whole(await self._engine.delete(key, force=force)))
 
-        return handler
+        return Operation(handler, ("force",))
 
-    async def _ask_for_state(self, request: Request) -> Response:
-        Query(request)
+    async def _ask_for_state(self, request: Request, query: Query) -> Response:
         state, key = request.path_params["state"], self._key(request, "container")
         return Json(views.whole(await self._engine.request_state(key, state)))
 
-    async def _patch(self, request: Request) -> Response:
-        query = Query(request, "id", "name", "state")
+    async def _patch(self, request: Request, query: Query) -> Response:
         state, key = query.state, self._chosen("container", query)
         if state is None:
             raise Invalid("say which state, by the query parameter state: running or exited", path="?state")
@@ -161,38 +163,35 @@ class Routes:
 
     # ------------------------------------------------------------------------------------------- kind routes
 
-    def _list_of_kind(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
+    def _list_of_kind(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             kind = _known_kind(request, collection)
-            Query(request)
             found = [one for one in self._engine.pictures(collection) if _is_of_kind(one, kind)]
             return Json([views.flat(picture, kind) for picture in found])
 
-        return handler
+        return Operation(handler)
 
-    def _create_of_kind(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
+    def _create_of_kind(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             kind = _known_kind(request, collection)
-            Query(request)
             return await self._make(request, collection, kind, lambda picture: views.flat(picture, kind))
 
-        return handler
+        return Operation(handler, reads=True)
 
-    def _get_of_kind(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
+    def _get_of_kind(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             picture, kind = self._found_of_kind(request, collection)
-            Query(request)
             return Json(views.flat(picture, kind))
 
-        return handler
+        return Operation(handler)
 
-    def _delete_of_kind(self, collection: str) -> Handler:
-        async def handler(request: Request) -> Response:
+    def _delete_of_kind(self, collection: str) -> Operation:
+        async def handler(request: Request, query: Query) -> Response:
             picture, kind = self._found_of_kind(request, collection)
-            force = Query(request, "force").force
+            force = query.force
             return Json(views.flat(await self._engine.delete(picture.record.key, force=force), kind))
 
-        return handler
+        return Operation(handler, ("force",))
 
     def _found_of_kind(self, request: Request, collection: str) -> tuple[Picture, str]:
         """Raises: NotFound."""
