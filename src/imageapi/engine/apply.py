@@ -21,7 +21,7 @@ from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container, Object
 
 
-class _GivenUp(Exception):
+class _GivenUp(Problem):
     """Somebody else's step that was to be shared will not be done: its request ended before."""
 
 
@@ -93,6 +93,7 @@ class Applier:
             else:
                 await self._acquire(record, inputs)
         except Problem as problem:
+            record.problem = problem.message  # nobody is to share it from now on
             self._tell(record.key, problem)
             raise self._located(problem, record, claimed) from problem
         self._tell(record.key, None)
@@ -140,8 +141,11 @@ class Applier:
 
     async def _undo(self, claimed: Plan) -> None:
         """Take the plan's objects away again, the root first, when the step that is under way has ended."""
+        claimed.root.pinned = False
         for record in reversed(claimed.steps):
             if (step := self._steps.pop(record.key, None)) is not None:
                 await asyncio.wait({step})
-            self._tell(record.key, _GivenUp())
+            if record.phase is Phase.PLANNED:
+                record.problem = "its create has ended before it was made"
+            self._tell(record.key, _GivenUp(f"{describe(record)} is not made: its create has ended"))
             await self._collector.collect([record.key])

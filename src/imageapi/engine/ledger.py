@@ -60,18 +60,22 @@ class Ledger:
             self.graph.add(record, hidden=True)
 
     def publish(self, plan: Plan) -> None:
-        """The create has succeeded: the root has its own reference, and all that was made is shown."""
+        """The create has succeeded: the root has its own reference, and it is shown with all it stands on, also what
+        another request is making and this one shares."""
         self.change(plan.root, pinned=True)
-        for record in plan.steps:
+        for record in (plan.root, *self.graph.below(plan.root.key)):
             self.graph.show(record.key)
 
     def change(self, record: AnyRecord, **changes: Any) -> None:
-        """Set fields of a record and write it.
+        """Set fields of a record and write it. One that was dropped meanwhile is not written again: it would be taken
+        for an object at the next start.
 
         Raises: errors.Problem when it cannot be written; it is changed in memory all the same.
         """
         for name, value in changes.items():
             setattr(record, name, value)
+        if self.graph.find(record.key) is not record:
+            return
         try:
             self._store.save(record)
         except OSError as error:
