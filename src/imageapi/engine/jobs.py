@@ -7,11 +7,13 @@ happen: its object is undone only after it has returned.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from imageapi.drivers.base import LOCAL_STORE, driver
 from imageapi.engine.graph import Graph, describe
 from imageapi.engine.pool import Job, Pool
+from imageapi.engine.worker import Descriptor
 from imageapi.errors import TimedOut
 from imageapi.records import AnyRecord, Key
 
@@ -63,6 +65,17 @@ class Jobs:
         """The job that is still under way on an object whose caller has given up; None when there is none."""
         return self._under_way.get(key)
 
+    async def settle(self, key: Key) -> None:
+        """Wait for the job that is still under way on an object, if one is.
+
+        Raises: errors.TimedOut.
+        """
+        if (job := self.returned(key)) is None:
+            return
+        done, _ = await asyncio.wait({job}, timeout=self._timeout)
+        if not done:
+            raise TimedOut(f"the host has not come back from what was asked of {key} before; see to its store")
+
     def _remember(self, key: Key, task: asyncio.Task[Any]) -> None:
         def forget(ended: asyncio.Task[Any]) -> None:
             if self._under_way.get(key) is ended:
@@ -76,7 +89,9 @@ class Jobs:
     @staticmethod
     def _give_up(task: asyncio.Task[Any], job: Job) -> None:
         """A job that no worker has begun is taken back; one that has begun may still have its effect."""
-        if not job.started:
+        if job.started:
+            task.add_done_callback(_close_unclaimed)
+        else:
             task.cancel()
 
     @staticmethod
@@ -86,3 +101,9 @@ class Jobs:
         if not job.started:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
         return f"{what}: {where} does not answer; see to it, or delete what needs it"
+
+
+def _close_unclaimed(ended: asyncio.Task[Any]) -> None:
+    """Close the descriptor that comes when nobody waits for it any more: a root keeps its devices busy."""
+    if not ended.cancelled() and ended.exception() is None and isinstance(ended.result(), Descriptor):
+        os.close(ended.result())

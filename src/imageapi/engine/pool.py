@@ -14,7 +14,7 @@ from typing import Any
 
 from imageapi import errors
 from imageapi.engine import zygote
-from imageapi.engine.worker import MESSAGE, Reply
+from imageapi.engine.worker import MESSAGE, Descriptor, Reply
 
 log = logging.getLogger(__name__)
 
@@ -129,4 +129,4 @@ class Pool:
         if reply.bug:
             log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
             raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
-        return descriptors[0] if descriptors else reply.result
+        return Descriptor(descriptors[0]) if descriptors else reply.result
