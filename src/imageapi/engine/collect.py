@@ -46,7 +46,7 @@ class Collector:
         if record is None or record.phase is Phase.RELEASING or self._graph.held(key):
             return
         untouched = record.phase is Phase.PLANNED
-        record.phase = Phase.RELEASING
+        record.phase, record.problem = Phase.RELEASING, None
         if self._jobs.returned(key):
             self.put_off(record, TimedOut("the host has not come back from making it; it is undone when it does"))
             return
@@ -61,19 +61,26 @@ class Collector:
     async def release(self, record: AnyRecord) -> None:
         """Have the kernel let go of an object that is `releasing`; a job still under way on it is waited for first.
 
-        Raises: errors.Problem.
+        Raises: errors.Problem; a bug is one, too, so that it is told and tried again.
         """
-        if (job := self._jobs.returned(record.key)) is not None:
-            await asyncio.wait({job})
+        await self._jobs.settle(record.key)
         self._ledger.note(record, phase=Phase.RELEASING)
-        if isinstance(record.spec, Container):
-            await self._containers.discard(record)
-        else:
-            await self._jobs.drive("release", record)
+        try:
+            if isinstance(record.spec, Container):
+                await self._containers.discard(record)
+            else:
+                await self._jobs.drive("release", record)
+        except Problem:
+            raise
+        except Exception as bug:
+            log.exception("a bug in the release of %s", describe(record))
+            raise Problem("its release failed by a bug of this server; the server's log has the trace") from bug
 
     async def forget(self, record: AnyRecord) -> None:
-        """Drop a record whose object is gone, and collect what stood below it."""
+        """Drop a record whose object is gone, tell those that stood on it, and collect what stood below it."""
         below = record.edges()
+        lost = f"{describe(record)}, which it needs, was deleted by force"
+        self._ledger.fault((holder.key for holder in self._graph.holders(record.key)), lost)
         self._ledger.drop(record.key)
         await self.collect(key for key in below if self._graph.find(key))
 
@@ -82,7 +89,7 @@ class Collector:
         self._graph.free_name(record)
         self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
         log.warning("%s is not released yet: %s", describe(record), problem.message)
-        self._tasks.spawn(self._retry(record))
+        self._tasks.linger(self._retry(record))
 
     async def _retry(self, record: AnyRecord) -> None:
         delay = FIRST_RETRY

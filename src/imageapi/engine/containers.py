@@ -20,7 +20,7 @@ from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
-from imageapi.errors import Conflict, Problem, TimedOut
+from imageapi.errors import Conflict, NotFound, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 HALTED = (128 + 1, 128 + 2)
 """How a pid namespace ends whose first process called reboot(2): by SIGHUP to restart, by SIGINT to halt."""
+ASK_AGAIN = 1.0
+"""Seconds until a supervisor that could not do what it was asked for is asked again."""
 
 
 def now() -> str:
@@ -107,8 +109,9 @@ class Containers:
     async def start(self, record: AnyRecord) -> None:
         """Run the container's command; returns when it has been executed. One that runs is left alone.
 
-        Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping.
+        Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping or being deleted.
         """
+        self._check_kept(record)
         if (starting := self._starting.get(record.key)) is None:
             state = _run(record).state
             if state == "running":
@@ -120,14 +123,38 @@ class Containers:
         await asyncio.shield(starting)
 
     async def stop(self, record: AnyRecord) -> None:
-        """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone."""
+        """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone.
+
+        Raises: errors.Conflict, while it is being deleted.
+        """
+        self._check_kept(record)
         if (starting := self._starting.get(record.key)) is not None:
             await asyncio.wait({starting})
         run = _run(record)
         if run.state == "running":
             run.state, run.stop_requested = "stopping", True
             self._ledger.note(record)
-            self._tasks.spawn(self._stopper.stop(record, self._end_of(record)))
+            self._tasks.linger(self._stop(record))
+
+    @staticmethod
+    def _check_kept(record: AnyRecord) -> None:
+        """Refuse to do anything for a container that is on its way out: what it started would be nobody's.
+
+        Raises: Conflict.
+        """
+        if record.phase is Phase.RELEASING:
+            raise Conflict(f"{describe(record)} is being deleted")
+
+    async def _stop(self, record: AnyRecord) -> None:
+        """Have the container end, however often the supervisor must be asked."""
+        end = self._end_of(record)
+        while not end.is_set():
+            try:
+                await self._stopper.stop(record, end)
+                return
+            except Problem as problem:
+                log.warning("%s is not stopped yet: %s", describe(record), problem.message)
+                await asyncio.sleep(ASK_AGAIN)
 
     async def discard(self, record: AnyRecord) -> None:
         """Take the container away: what runs is killed, and its log has its last line.
@@ -139,6 +166,7 @@ class Containers:
         if self.active(record):
             await self._kill(record)
         await self._supervisor.forget(record.id, _run(record).attempt)
+        self._ends.pop(record.key, None)
         self._log(record, "container deleted")
 
     async def _kill(self, record: AnyRecord) -> None:
@@ -167,6 +195,8 @@ class Containers:
         except Problem as problem:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
+            if isinstance(problem, TimedOut):
+                self._tasks.spawn(self._abandon(record.id, run.attempt))
             raise
         else:
             run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
@@ -175,6 +205,18 @@ class Containers:
             del self._starting[record.key]
             if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
                 self._tasks.spawn(self._finish(record, ended.exit_code))
+
+    async def _abandon(self, container: int, attempt: int) -> None:
+        """End what may still come of a start that nobody waits for any more: a supervisor that hung does it late."""
+        while True:
+            try:
+                await self._supervisor.kill(container, attempt)
+                return
+            except NotFound:
+                return
+            except Problem as problem:
+                log.warning("start %d of container %d is not ended yet: %s", attempt, container, problem.message)
+                await asyncio.sleep(ASK_AGAIN)
 
     def _begin(self, record: AnyRecord) -> Run:
         """A new start, with the next number; the last one's end is forgotten."""
@@ -236,8 +278,11 @@ class Containers:
             self._tasks.spawn(self._finish(record, ended.exit_code))
 
     async def _finish(self, record: AnyRecord, exit_code: int | None) -> None:
-        """The container has ended: its file systems are synced, then its state says so."""
+        """The container has ended: its file systems are synced, then its state says so. The end of a start that was
+        given up says nothing new."""
         run = _run(record)
+        if run.state not in ("running", "stopping"):
+            return
         problem = await self._sync(record) or self._complaint(record, exit_code)
         clean = run.stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED)
         run.state = "exited" if clean else "dead"
@@ -291,7 +336,7 @@ class Containers:
         if not life.running:
             self._tasks.spawn(self._finish(record, life.exit_code))
         elif run.stop_requested:
-            self._tasks.spawn(self._stopper.stop(record, self._end_of(record)))
+            self._tasks.linger(self._stop(record))
         return True
 
     async def _dismiss(self, life: Life) -> None:

@@ -105,8 +105,6 @@ class Engine:
             raise Unsupported("'paused' is not there yet; ask for 'running' or 'exited'")
         if state not in ("running", "exited"):
             raise Invalid(f"'{state}' cannot be asked for; ask for 'running' or 'exited'")
-        if record.phase is Phase.RELEASING:
-            raise Conflict(f"{describe(record)} is being deleted")
         request = self._containers.start if state == "running" else self._containers.stop
         await self._tasks.through(request(record))
         return self._graph.picture(key)
@@ -117,23 +115,35 @@ class Engine:
         self._check_holders(record, holders, force=force)
         if isinstance(record.spec, Container):
             self._containers.check_deletable(record, force=force)
-        before = {"pinned": record.pinned, "phase": record.phase, "problem": record.problem}
-        self._ledger.note(record, phase=Phase.RELEASING)
+        before = record.phase, record.problem
         last = self._last(key)
+        self._ledger.note(record, phase=Phase.RELEASING, problem=None)
         try:
             await self._collector.release(record)
-        except TimedOut as late:
-            self._ledger.note(record, pinned=False)
-            self._collector.put_off(record, late)
+        except Problem as problem:
+            await self._keep(record, before, problem)
             raise
-        except Problem:
-            self._ledger.note(record, **before)
-            raise
-        last = last._replace(record=snapshot(record, phase=before["phase"]))
-        lost = f"{describe(record)}, which it needs, was deleted by force"
-        self._ledger.fault((holder.key for holder in holders), lost)
+        last = last._replace(record=snapshot(record, phase=before[0], problem=record.problem or before[1]))
         await self._collector.forget(record)
         return last
+
+    async def _keep(self, record: AnyRecord, before: tuple[Phase, str | None], problem: Problem) -> None:
+        """What is left of an object whose delete failed: all of it, as it was; or part of it, and that still goes."""
+        if isinstance(problem, TimedOut) or not await self._stands(record):
+            self._ledger.note(record, pinned=False)
+            self._collector.put_off(record, problem)
+        else:
+            self._ledger.note(record, phase=before[0], problem=record.problem or before[1])
+
+    async def _stands(self, record: AnyRecord) -> bool:
+        """Whether the kernel still has the whole object."""
+        if isinstance(record.spec, Container):
+            return True
+        try:
+            return await self._jobs.drive("observe", record) is not None
+        except Problem as unknown:
+            log.warning("%s cannot be looked at: %s", describe(record), unknown.message)
+            return False
 
     async def _deletable(self, key: Key) -> AnyRecord:
         """The record, once nobody else is deleting it.

@@ -19,6 +19,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
+        self._lingering: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `work`."""
@@ -26,6 +27,12 @@ class Tasks:
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    def linger(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start `work` that is cut short at the end, since the next start takes it up from the records."""
+        task = self.spawn(work)
+        self._lingering.add(task)
+        task.add_done_callback(self._lingering.discard)
 
     async def through(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which goes on to its end even when the caller is cancelled."""
@@ -39,6 +46,8 @@ class Tasks:
 
     async def drain(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for what is under way, then cancel what is left."""
+        for task in self._lingering:
+            task.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=timeout)
         for task in self._running:
