@@ -1,0 +1,320 @@
+"""Requests that meet in the middle of each other: whatever the order, what is said is so, and nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imageapi.engine import containers
+from imageapi.engine.engine import Engine
+from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut
+from imageapi.records import Key
+from imageapi.runtime.protocol import Ended
+from imageapi.spec import Mount
+from imageapi.store import Store
+from pure.nests import container, loopback, on, overlay
+from pure.slow_kernel import SlowKernel, Supervisor, engine_on, everything
+
+pytestmark = pytest.mark.pure
+
+IMAGE = Key("attach", 0)
+MOUNT = Key("mount", 0)
+ROOT = Key("mount", 1)
+
+Scenario = Callable[[Engine, SlowKernel], Coroutine[Any, Any, None]]
+
+
+def act(scenario: Scenario, directory: Path, timeout: float = 5.0) -> None:
+    """Play a scenario on an engine of its own; it may take ten seconds."""
+
+    async def play() -> None:
+        kernel = SlowKernel()
+        await asyncio.wait_for(scenario(engine_on(kernel, directory, timeout), kernel), 10)
+
+    asyncio.run(play())
+
+
+def nest(name: str = "/image") -> Any:
+    return overlay(on(loopback(name)))
+
+
+async def gone(engine: Engine, kernel: SlowKernel) -> None:
+    """Wait until nothing is left of anything."""
+    while kernel.standing or everything(engine) or engine._graph.all():
+        await asyncio.sleep(0)
+
+
+def test_what_a_cancelled_create_had_made_for_another_is_shown(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.hold("acquire", ROOT)
+        first = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("acquire", ROOT)
+        second = await engine.create(nest())
+        assert everything(engine) == [IMAGE, MOUNT, second.record.key]
+        first.cancel()
+        kernel.let_go("acquire", ROOT)
+        await asyncio.wait({first})
+        while engine._graph.find(ROOT):
+            await asyncio.sleep(0)
+        assert everything(engine) == [IMAGE, MOUNT, second.record.key]
+        await engine.delete(second.record.key, force=False)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_who_came_to_share_what_was_given_up_makes_it_himself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.hold("acquire", IMAGE)
+        first = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("acquire", IMAGE)
+        second = asyncio.create_task(engine.create(nest()))
+        await asyncio.sleep(0)
+        first.cancel()
+        kernel.let_go("acquire", IMAGE)
+        made = await second
+        assert len(everything(engine)) == 3
+        await engine.delete(made.record.key, force=False)
+        await gone(engine, kernel)
+
+    with caplog.at_level(logging.ERROR):
+        act(scenario, tmp_path)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("pause", range(24))
+def test_a_failure_is_told_to_all_who_ask_for_the_same(tmp_path: Path, pause: int) -> None:
+    """However late the second comes, it hears why, or makes its own: never that something is being deleted."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.hold("acquire", IMAGE)
+        kernel.failures["acquire", IMAGE] = Invalid("no such image")
+        first = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("acquire", IMAGE)
+        third = asyncio.create_task(engine.create(nest()))
+        await asyncio.sleep(0)
+        kernel.let_go("acquire", IMAGE)
+        for _ in range(pause):
+            await asyncio.sleep(0)
+        second = asyncio.create_task(engine.create(nest()))
+        for answer in await asyncio.gather(first, second, third, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                assert isinstance(answer, Invalid), answer
+            else:
+                await engine.delete(answer.record.key, force=False)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_record_that_cannot_be_written_at_the_end_undoes_the_create(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Store.save
+
+    def full(self: Store, record: Any) -> None:
+        if record.pinned:
+            raise OSError(28, "No space left on device")
+        save(self, record)
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        monkeypatch.setattr(Store, "save", full)
+        with pytest.raises(Problem, match="no space"):
+            await engine.create(nest())
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_bug_in_a_release_does_not_hold_up_the_rest(tmp_path: Path) -> None:
+    """What fails in a way that nobody thought of is tried again as what fails with a reason."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["acquire", ROOT] = Invalid("no")
+        kernel.failures["release", ROOT] = ValueError("a bug")
+        with pytest.raises(Invalid):
+            await engine.create(nest())
+        assert "bug" in (engine.picture(ROOT).record.problem or "")
+        del kernel.failures["release", ROOT]
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_delete_that_failed_half_way_is_finished(tmp_path: Path) -> None:
+    """The kernel has let go of the mount, and then something failed: it is not said to live."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        made = await engine.create(on(loopback("/image")))
+        kernel.standing.discard(MOUNT)
+        kernel.failures["release", MOUNT] = Problem("its directory cannot be removed")
+        with pytest.raises(Problem, match="cannot be removed"):
+            await engine.delete(made.record.key, force=False)
+        assert engine.picture(MOUNT).refs[MOUNT] == 0
+        with pytest.raises(Conflict):
+            await engine.create(overlay(Mount(id=0)))
+        del kernel.failures["release", MOUNT]
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_refused_delete_changes_nothing(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(on(loopback("/image")))
+        kernel.failures["release", MOUNT] = Conflict("it is busy")
+        with pytest.raises(Conflict, match="busy"):
+            await engine.delete(MOUNT, force=True)
+        picture = engine.picture(MOUNT)
+        assert (picture.record.phase, picture.record.problem, picture.refs[MOUNT]) == ("live", None, 1)
+        del kernel.failures["release", MOUNT]
+        await engine.delete(MOUNT, force=False)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_who_lost_what_it_stands_on_is_told_however_late(tmp_path: Path) -> None:
+    """A forced delete that is finished after its answer tells the holders, too."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(nest())
+        engine._graph.get(ROOT).problem = "it is gone from the kernel"
+        kernel.hold("release", MOUNT)
+        with pytest.raises(TimedOut):
+            await engine.delete(MOUNT, force=True)
+        kernel.let_go("release", MOUNT)
+        while engine._graph.find(MOUNT):
+            await asyncio.sleep(0.01)
+        assert "mount 0" in (engine.picture(ROOT).record.problem or "")
+
+    act(scenario, tmp_path, timeout=0.05)
+
+
+def test_a_delete_does_not_wait_for_ever_for_what_was_asked_before(tmp_path: Path) -> None:
+    """A look at the object has not come back: its delete ends in time, too, and is done later."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(on(loopback("/image")))
+        kernel.hold("observe", MOUNT)
+        with pytest.raises(TimedOut):
+            await engine._jobs.drive("observe", engine._graph.get(MOUNT))
+        with pytest.raises(TimedOut):
+            await engine.delete(MOUNT, force=False)
+        kernel.let_go("observe", MOUNT)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path, timeout=0.05)
+
+
+def test_a_record_that_is_gone_is_not_written_again(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        made = await engine.create(on(loopback("/image")))
+        await engine.delete(MOUNT, force=False)
+        engine._ledger.note(made.record, problem="what came too late")
+        assert os.listdir(tmp_path / "state" / "mount") == []
+        with pytest.raises(NotFound):
+            engine.picture(MOUNT)
+
+    act(scenario, tmp_path)
+
+
+def test_an_end_does_not_wait_for_what_the_kernel_keeps(tmp_path: Path) -> None:
+    """What is only waiting to be tried again does not delay the service's end: the next start tries it."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["acquire", ROOT] = Invalid("no")
+        kernel.failures["release", ROOT] = Conflict("it is busy")
+        with pytest.raises(Invalid):
+            await engine.create(nest())
+        await engine._tasks.drain(60)
+
+    act(scenario, tmp_path)
+
+
+BOX = Key("container", 0)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor is asked again at once."""
+    monkeypatch.setattr(containers, "ASK_AGAIN", 0.001)
+
+
+def test_a_start_that_meets_a_delete_is_refused(tmp_path: Path) -> None:
+    """Both were let in before either had begun: nothing is started that is nobody's."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        supervisor = Supervisor(engine, 0)
+        await engine.create(container(nest()))
+        deleting = asyncio.create_task(engine.delete(BOX, force=False))
+        starting = asyncio.create_task(engine.request_state(BOX, "running"))
+        await deleting
+        with pytest.raises(Conflict, match="being deleted"):
+            await starting
+        assert supervisor.calls == [("forget", 0, 0)]
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_stop_is_asked_for_until_the_supervisor_hears_it(tmp_path: Path, impatient: None) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        supervisor = Supervisor(engine, 0)
+        await engine.request_state(BOX, "running")
+        supervisor._failures = 2
+        await engine.request_state(BOX, "exited")
+        await until(lambda: supervisor.calls.count(("kill", 0, 1)) == 3)
+        run: Any = engine.picture(BOX).record.run
+        assert run.state == "stopping"
+        engine._containers._on_ended(Ended(0, 1, 137, ""))
+        await until(lambda: run.state == "exited")
+
+    act(scenario, tmp_path)
+
+
+def test_a_start_that_was_given_up_is_ended_when_it_comes(tmp_path: Path, impatient: None) -> None:
+    """The supervisor hung, and does what it was asked for late: nobody would ever end that process."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        supervisor = Supervisor(engine, 1)
+        with pytest.raises(TimedOut):
+            await engine.request_state(BOX, "running")
+        await until(lambda: supervisor.calls.count(("kill", 0, 1)) == 2)
+        engine._containers._on_ended(Ended(0, 1, 137, ""))
+        await engine._tasks.drain(5)
+        record: Any = engine.picture(BOX).record
+        assert record.run.state == "dead"
+        assert (record.problem or "").startswith("it could not be started: no answer")
+
+    act(scenario, tmp_path)
+
+
+def test_a_root_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
+    """The descriptor that nobody waits for any more is closed: it would keep the image's device for ever."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        Supervisor(engine, 0)
+        kernel.hold("open_root", BOX)
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(TimedOut):
+            await engine.request_state(BOX, "running")
+        kernel.let_go("open_root", BOX)
+        await until(lambda: engine._jobs.returned(BOX) is None)
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    act(scenario, tmp_path, timeout=0.05)
