@@ -288,3 +288,13 @@ def test_many_lives_are_listed_whole(supervised: Supervised, monkeypatch: pytest
     supervised.resume()
     ended = [supervised.end_of(supervised.start("/bin/true", container=number)) for number in range(10)]
     assert [life.id for life in supervised.do(supervised.client.list())] == [one.id for one in ended]
+
+
+def test_what_a_supervisor_had_not_noted_when_it_died_is_cleared_away(supervised: Supervised) -> None:
+    """A FIFO without an entry: that of a start that came no further. Those of containers that run stay."""
+    supervised.start("/bin/sleep", "1000", container=3)
+    supervised.kill_supervisor()
+    os.mkfifo(f"{supervised.site.supervisor_dir}/7.out")
+    supervised.resume()
+    assert len(supervised.do(supervised.client.list())) == 1
+    assert {name for name in os.listdir(supervised.site.supervisor_dir) if name.endswith(".out")} == {"3.out"}

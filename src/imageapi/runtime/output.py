@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Container
 
 from imageapi.runtime import logs
 
@@ -16,10 +17,11 @@ LIMIT = 16 << 20
 """A log that has grown to so many bytes becomes `<log>.1`, in place of the last one of that name."""
 CHUNK = 64 << 10
 """A pipe's size by default (pipe(7)), in bytes: the most that one read of it gives."""
+SUFFIX = ".out"
 
 
 def _name(container: int) -> str:
-    return f"{container}.out"
+    return f"{container}{SUFFIX}"
 
 
 def make(directory: int, container: int) -> int:
@@ -51,6 +53,15 @@ def remove(directory: int, container: int) -> None:
     """Remove the FIFO; one that is gone is no error."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_name(container), dir_fd=directory)
+
+
+def sweep(directory: int, known: Container[int]) -> None:
+    """Remove the FIFOs of all but the containers `known`: a supervisor that dies before it has noted a life leaves
+    that life's."""
+    for name in os.listdir(directory):
+        container = name.removesuffix(SUFFIX)
+        if name.endswith(SUFFIX) and container.isdigit() and int(container) not in known:
+            remove(directory, int(container))
 
 
 def copy(end: int, directory: int, logfile: str) -> bool:

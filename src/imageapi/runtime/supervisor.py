@@ -23,7 +23,7 @@ import msgspec
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import cgroup, process
-from imageapi.runtime import entries, protocol
+from imageapi.runtime import entries, output, protocol
 from imageapi.runtime.child import Child, bear
 from imageapi.runtime.container import Container, Surroundings
 from imageapi.runtime.entries import Entry
@@ -201,6 +201,7 @@ class Supervisor:
         """Take up the lives that another supervisor noted, and clear away what it left of others."""
         for entry in entries.load(self._around.directory, self._around.boot_id):
             self._adopt(entry)
+        output.sweep(self._around.directory, self._containers)
         living = {one.entry.name for one in self._containers.values() if one.life.running}
         for name in self._around.keep.names():
             if name not in living:
