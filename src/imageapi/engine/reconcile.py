@@ -66,8 +66,17 @@ class Reconciler:
             elif record.phase is Phase.RELEASING:
                 record.phase = Phase.LIVE
                 record.pinned = False
-            record.problem = None
             self._graph.add(record)
+        for record in self._graph.all():
+            if not self._still_wrong(record):
+                record.problem = None
+
+    def _still_wrong(self, record: AnyRecord) -> bool:
+        """Whether a problem noted by the last server cannot be found out again: why a container ended, or what has
+        been taken from under an object."""
+        if record.phase is not Phase.LIVE:
+            return False
+        return isinstance(record.spec, Container) or any(self._graph.find(key) is None for key in record.edges())
 
     async def _observe(self) -> None:
         live = [
