@@ -72,9 +72,10 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
     from imageapi.engine.engine import Engine
     from imageapi.engine.pool import Pool
 
-    engine = Engine(config, site, Pool(control), rundir.boot_id())
-    listeners = Listeners(config)
     stop = asyncio.Event()
+    pool = Pool(control, on_lost=stop.set)
+    engine = Engine(config, site, pool, rundir.boot_id())
+    listeners = Listeners(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
@@ -84,6 +85,8 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
     finally:
         listeners.close()
         await engine.stop()
+    if pool.lost:
+        raise Problem("the process that its workers are forked from has ended; start it again: it goes on where it was")
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

@@ -6,10 +6,12 @@ A job that hangs keeps its worker, and one of its store's places, until it retur
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pickle
 import socket
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from imageapi import errors
@@ -56,6 +58,16 @@ class _Worker:
         if not arrived.done():
             arrived.set_result(None)
 
+    def waits(self) -> bool:
+        """Whether the process lives, and waits for its next job."""
+        try:
+            self._channel.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def dismiss(self) -> None:
         self._channel.close()
 
@@ -71,10 +83,14 @@ class Job:
 
 
 class Pool:
-    """The workers of one server, forked by the zygote at the other end of `control`."""
+    """The workers of one server, forked by the zygote at the other end of `control`. `on_lost` is called when that has
+    ended: nothing can be done any more, since the server itself never forks."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, on_lost: Callable[[], None]) -> None:
         self._control = control
+        self._on_lost = on_lost
+        self.lost = False
+        asyncio.get_running_loop().add_reader(control, self._hang_up)
         self._idle: list[_Worker] = []
         self._places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(PER_STORE))
 
@@ -84,7 +100,7 @@ class Pool:
         Raises: errors.Problem as the job raised it.
         """
         async with self._places[job.store]:
-            worker = self._idle.pop() if self._idle else self._new_worker()
+            worker = self._take_worker(job)
             job.started = True
             try:
                 reply, descriptors = await worker.perform(pickle.dumps((job.name, job.arguments)))
@@ -105,15 +121,39 @@ class Pool:
         for worker in self._idle:
             worker.dismiss()
         self._idle.clear()
+        self._stop_listening()
         self._control.close()
 
+    def _hang_up(self) -> None:
+        """The zygote says nothing, ever: it has ended."""
+        self._stop_listening()
+        self.lost = True
+        self._on_lost()
+
+    def _stop_listening(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._control)
+
+    def _take_worker(self, job: Job) -> _Worker:
+        """One that waits, or a new one. Raises: errors.Problem, when there can be none."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.waits():
+                return worker
+            worker.dismiss()
+        try:
+            return self._new_worker()
+        except OSError as error:
+            raise errors.from_oserror(error, f"starting a worker process to {job.name}") from error
+
     def _new_worker(self) -> _Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * MESSAGE)
-        with theirs:
+        with contextlib.ExitStack() as undo:
+            ours, theirs = map(undo.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * MESSAGE)
             socket.send_fds(self._control, [zygote.WORKER], [theirs.fileno()])
-        ours.setblocking(False)
+            ours.setblocking(False)
+            undo.pop_all()
+        theirs.close()
         return _Worker(ours)
 
     def _give_back(self, worker: _Worker) -> None:

@@ -105,4 +105,5 @@ def _fork_supervisor(site: Site) -> None:
         process.name("imageapi-super")
         supervisor.run(site)
 
-    _fork(detach)
+    with contextlib.suppress(OSError):  # no process is left; the server asks again, until it gives up
+        _fork(detach)
