@@ -151,6 +151,18 @@ def test_read_only_binds_are_read_only(server: Server, tmp_path: Path, recursive
         Path(mounted["mountpoint"], "file").write_text("no")
 
 
+def test_a_read_only_bind_is_so_all_the_way_down(server: Server, tmp_path: Path) -> None:
+    """What is mounted below the directory is bound, too, and is as little to be written to."""
+    below = server.post("/mount", writable())
+    tree = {"path": str(server.run_dir / "mounts"), "base": "root", "ro": True, "recursive": True}
+    bound = server.post("/mount/bind", tree)
+    inside = Path(bound["mountpoint"], os.path.basename(below["mountpoint"]))
+    assert "etc" in os.listdir(inside)
+    with pytest.raises(OSError, match="Read-only"):
+        (inside / "file").write_text("no")
+    Path(below["mountpoint"], "file").write_text("yes")
+
+
 @pytest.mark.parametrize("name", ["node-2345", "7", "a.b_c-9", "X" * 255])
 def test_names_may_hold_digits(server: Server, name: str) -> None:
     server.post("/container", {"mount": writable(), "command": FOREVER, "name": name})
@@ -167,6 +179,18 @@ def test_no_path_in_an_image_reaches_the_host(server: Server, path: str) -> None
             assert file.read(16) != host.read(16)
     else:
         assert answer.status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/escape", "/abs", "../../../../../../root", "/data/../../../../root"])
+def test_no_bind_of_an_image_reaches_the_host(server: Server, path: str) -> None:
+    root = os.stat("/root")
+    inside = {"path": path, "base": "mount", "mount": squashfs(), "ro": True}
+    answer = server.http.post("/mount/bind", json=inside)
+    assert answer.status_code in (201, 422), answer.text
+    if answer.status_code == 201:  # it is the image's own directory of that name
+        bound = os.stat(answer.json()["mountpoint"])
+        assert (bound.st_dev, bound.st_ino) != (root.st_dev, root.st_ino)
+        assert bound.st_dev == os.stat(server.get("/mount?kind=attach")[0]["mountpoint"]).st_dev
 
 
 def test_a_command_by_a_link_is_the_images_own(server: Server) -> None:
