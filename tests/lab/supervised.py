@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imageapi.config import Site
+from imageapi.drivers import block
 from imageapi.linux import loop
 from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
 from imageapi.linux.mount import MS_PRIVATE, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, mount_setattr, open_tree
@@ -230,7 +231,7 @@ def squashfs(image: Path, target: Path) -> Iterator[Path]:
         with mounted(target, "-t", "squashfs", "-o", "ro", device) as mountpoint:
             yield mountpoint
     finally:
-        loop.detach(device)
+        block.detach_loop(device)
 
 
 @contextlib.contextmanager
