@@ -115,32 +115,44 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return Site(run_dir=self.run_dir, instance=instance, rbd_backend=self.rbd_backend)
 
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
-_SIZE_UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1024, "M": 10**6, "MB": 10**6, "MIB": 1 << 20}
-_SIZE = re.compile(r"(\d+)\s*([A-Za-z]*)")
+NO_LIMIT = 1e9
+"""Seconds (30 years) that stand for a limit of 0, which in the Go service is none."""
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
+_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([a-zµμ]+)")
+_SIZE_UNITS = {
+    "": 1, "B": 1, "K": 10**3, "KB": 10**3, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20,
+    "G": 10**9, "GB": 10**9, "GIB": 1 << 30,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]{1,18}) ?([A-Za-z]*)")
 
 
 def duration(text: str) -> float:
-    """The seconds in `text`, written as Go does: `30s`, `1m30s`, `250ms`, `0`.
+    """The seconds in `text`, written as for Go's time.ParseDuration: `30s`, `1m30s`, `1.5h`, `250ms`, `0`.
 
-    Raises: ValueError.
+    Raises: ValueError, also for one below zero.
     """
-    if text == "0":
+    bare = text.removeprefix("+")
+    parts = _PART.findall(bare)
+    if bare == "0":
         return 0.0
-    match = _DURATION.fullmatch(text)
-    if match is None or not any(match.groups()):
+    whole = "".join(number + unit for number, unit in parts) == bare
+    if not (parts and whole and all(unit in _UNITS for _, unit in parts)):
         raise ValueError(f"'{text}' is no duration; write it as 30s, 1m30s or 250ms")
-    factors = (3600.0, 60.0, 1.0, 0.001)
-    return sum(float(part) * factor for part, factor in zip(match.groups(), factors, strict=True) if part)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _limit(text: str) -> float:
+    """The duration in `text`, after which something is given up; of 0 nothing is."""
+    return min(duration(text) or NO_LIMIT, NO_LIMIT)
 
 
 def size(text: str) -> int:
-    """The bytes in `text`: `1000000`, `1MiB`, `64KB`.
+    """The bytes in `text`, more than none: `1000000`, `1MiB`, `64KB`.
 
     Raises: ValueError.
     """
     match = _SIZE.fullmatch(text)
-    if match is None or match[2].upper() not in _SIZE_UNITS:
+    if match is None or match[2].upper() not in _SIZE_UNITS or int(match[1]) == 0:
         raise ValueError(f"'{text}' is no size; write it as 1000000, 64KB or 1MiB")
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
 
@@ -157,16 +169,24 @@ def _argument(read: Any) -> Any:
     return convert
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) > 2**31 - 1:
-        raise ValueError(f"'{text}' is no number from 0 to 2147483647")
+def _number(text: str, most: int, what: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise ValueError(f"'{text}' is no {what}")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    return _number(text, 2**31 - 1, "number from 0 to 2147483647")
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise ValueError(f"'{text}' is no port; give 0 to 65535 (0: a free one)")
-    return int(text)
+    return _number(text, 65535, "port; give 0 to 65535 (0: a free one)")
+
+
+def _host(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty; give a name or an address")
+    return text.strip()
 
 
 def _directory(text: str) -> str:
@@ -189,11 +209,14 @@ TLS_OPTIONS = (
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    env = environment.get
+    def env(name: str, otherwise: str) -> str:
+        """An empty variable is none."""
+        return environment.get(name) or otherwise
+
     parser = argparse.ArgumentParser(
         prog="imageapi-server",
         description="Attach block images, mount them and run containers on them, over a REST API.",
-        epilog="Durations are written 30s, 1m30s or 250ms; sizes 1000000, 64KB or 1MiB.",
+        epilog="Durations are written 30s, 1m30s or 250ms, and 0 where there is no limit; sizes 1000000, 64KB or 1MiB.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -202,19 +225,20 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     where = parser.add_argument_group("listeners")
     where.add_argument("--scheme", action="append", choices=("http", "https", "unix"), dest="schemes",
                        help="what to listen on; may repeat (unix)")
-    where.add_argument("--host", default=env("HOST", "localhost"), help="address of the http listener (localhost)")
+    where.add_argument("--host", type=_argument(_host), default=env("HOST", "localhost"),
+                       help="address of the http listener ($HOST, else localhost)")
     where.add_argument("--port", type=_argument(_port), default=env("PORT", "8080"),
-                       help="its port; 0: a free one (8080)")
+                       help="its port; 0: a free one ($PORT, else 8080)")
     where.add_argument("--socket-path", type=_argument(_directory), default=DEFAULT_SOCKET,
                        help=f"the unix listener ({DEFAULT_SOCKET})")
     where.add_argument("--insecure-http", action="store_true", help="let plain http listen beyond loopback")
-    where.add_argument("--allowed-host", action="append", default=[], dest="allowed_hosts", metavar="NAME",
-                       help="a further name that the Host of a request may have; may repeat")
+    where.add_argument("--allowed-host", action="append", type=_argument(_host), default=[], dest="allowed_hosts",
+                       metavar="NAME", help="a further name that the Host of a request may have; may repeat")
     where.add_argument("--listen-limit", type=_argument(_whole), default="0",
                        help="most connections at once (0: no limit)")
-    where.add_argument("--keep-alive", type=_argument(duration), default="3m", help="an idle connection's time (3m)")
-    where.add_argument("--read-timeout", type=_argument(duration), default="30s", help="to read a request (30s)")
-    where.add_argument("--write-timeout", type=_argument(duration), default="60s", help="to write an answer (60s)")
+    where.add_argument("--keep-alive", type=_argument(_limit), default="3m", help="an idle connection's time (3m)")
+    where.add_argument("--read-timeout", type=_argument(_limit), default="30s", help="to read a request (30s)")
+    where.add_argument("--write-timeout", type=_argument(_limit), default="60s", help="to write an answer (60s)")
     where.add_argument("--max-header-size", type=_argument(size), default="1000000", help="of a request (1000000)")
     where.add_argument("--max-body-size", type=_argument(size), default="1000000", help="of a request (1000000)")
     for option in TLS_OPTIONS:
@@ -225,7 +249,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
                       help=f"mounts, logs and state ({DEFAULT_RUN_DIR})")
     work.add_argument("--first-id", type=_argument(_whole), default="0",
                       help="where ids start (0; 1 for Go clients, whose encoder drops a 0)")
-    work.add_argument("--operation-timeout", type=_argument(duration), default="25s",
+    work.add_argument("--operation-timeout", type=_argument(_limit), default="25s",
                       help="an operation without progress is undone after it (25s)")
     work.add_argument("--stop-timeout", type=_argument(duration), default="30s",
                       help="from the request to exit until SIGKILL (30s)")
@@ -236,7 +260,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     work.add_argument("--graceful-timeout", type=_argument(duration), default="15s",
                       help="at the end, for requests under way (15s)")
     work.add_argument("--log-level", type=_argument(_log_level), default=env("IMAGEAPI_LOGLEVEL", "INFO"),
-                      help="PANIC to TRACE (INFO)")
+                      help="PANIC to TRACE ($IMAGEAPI_LOGLEVEL, else INFO)")
     return parser
 
 

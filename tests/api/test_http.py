@@ -191,6 +191,12 @@ def test_a_method_that_a_path_does_not_know(tcp: Tcp, method: str, path: str, al
         assert answer.json()["code"] == 405
 
 
+def test_limits_of_0_are_none(run_dir: Path) -> None:
+    limits = ("keep-alive", "read-timeout", "write-timeout", "operation-timeout")
+    with running(run_dir, *(f"--{limit}=0" for limit in limits)) as server:
+        assert server.post("/mount", squashfs())["refs"] == 1
+
+
 def start(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A server that is to refuse its start."""
     return subprocess.run(
