@@ -122,7 +122,7 @@ def test_durations_are_gos(text: str, seconds: float) -> None:
     assert duration(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "5", "s", ".s", "1d", "-1s", "+", "30 s", "30s ", "1h-1m", "1.2.3s", "\u0661s", "inf"])
+@pytest.mark.parametrize("text", ["", "5", "s", ".s", "1d", "-1s", "+", "30 s", "30s ", "1h-1m", "1.2.3s", "\u0661s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         duration(text)
