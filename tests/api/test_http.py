@@ -191,6 +191,16 @@ def test_a_method_that_a_path_does_not_know(tcp: Tcp, method: str, path: str, al
         assert answer.json()["code"] == 405
 
 
+def test_the_environment_says_where_to_listen(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HOST": "::1", "PORT": "0", "IMAGEAPI_LOGLEVEL": "TRACE"}.items():
+        monkeypatch.setenv(name, value)
+    with running(run_dir, "--scheme=http") as server:
+        port = int(re.findall(r"http://\[::1\]:(\d+)", server.log.read_text())[-1])
+        with socket.create_connection(("::1", port), timeout=20) as connection:
+            connection.sendall(REQUEST.format(f"[::1]:{port}", "").encode())
+            assert Answer(_receive(connection)).status == 200
+
+
 def test_limits_of_0_are_none(run_dir: Path) -> None:
     limits = ("keep-alive", "read-timeout", "write-timeout", "operation-timeout")
     with running(run_dir, *(f"--{limit}=0" for limit in limits)) as server:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imageapi import spec
 from imageapi.api import dialects, views
-from imageapi.engine.graph import Graph
+from imageapi.engine.graph import Graph, Picture
 from imageapi.engine.plan import Plan, plan
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
-from imageapi.records import Phase, Run
+from imageapi.records import AnyRecord, Phase, Record, Run
 from imageapi.spec import MASK, Attach, Attachment, Container, Loopback, Mount, Object, Overlay, Rbd
 from pure.nests import answers, container, on, overlay, rbd, things
 
@@ -337,6 +339,40 @@ def test_what_is_shown_whole_can_be_sent_back(thing: Object) -> None:
     second = plan(again, Graph(), iter(range(10**6)).__next__, answers)
     assert isinstance(second, Plan)
     assert [record.spec for record in second.steps] == [record.spec for record in planned.steps]
+
+
+@given(things)
+def test_a_view_without_its_own_id_is_one_more_of_the_same(thing: Object) -> None:
+    """In either form; what it stands on is named by its id, and so is the same."""
+    try:
+        graph, planned = _made(thing)
+    except Conflict:
+        return
+    for record in planned.steps:
+        picture = graph.picture(record.key)
+        for kind, view in _views(picture):
+            sent = {name: value for name, value in view.items() if name not in ("id", "state")}
+            again = Record(id=record.id, token=0, spec=read(record.key.collection, sent, kind))
+            assert again.edges() == record.edges()
+            assert msgspec.structs.replace(again.definition, **_needs(record)) == record.definition
+
+
+def _views(picture: Picture) -> Iterator[tuple[str | None, Any]]:
+    """The forms of one object, each with the kind of its route."""
+    record = picture.record
+    yield None, views.whole(picture)
+    if not isinstance(record.spec, Container):
+        attachments = {picture.below[edge].kind for edge in record.edges()} if record.kind == "attach" else set()
+        for kind in {record.kind, *attachments}:
+            yield kind, views.flat(picture, kind)
+
+
+def _needs(record: AnyRecord) -> dict[str, Any]:
+    """The fields that refer to objects: a reference may name a kind, or not."""
+    part = record.definition
+    struct: Any = type(part)
+    names = [name for name, hint in spec.hints(struct).items() if spec.struct_of(hint) in (Attachment, Mount)]
+    return {name: getattr(part, name) for name in names}
 
 
 def test_the_flat_form_has_plain_ids() -> None:
