@@ -131,6 +131,14 @@ def test_a_reference_of_the_wrong_kind(server: Server) -> None:
     assert problem["path"] == "$.mount.overlay.lower[0].kind"
 
 
+@pytest.mark.parametrize("command", ['"abc', "'a' b\\", "   ", "''"])
+@pytest.mark.parametrize("state", ["created", "running"])
+def test_a_command_that_could_never_run_is_not_defined(server: Server, command: str, state: str) -> None:
+    problem = server.refused("POST", "/container", 422, {"mount": writable(), "command": command, "state": state})
+    assert problem["path"] == "$.command"
+    assert server.everything() == []
+
+
 def test_a_cycle(server: Server) -> None:
     """A mount cannot stand on itself: the id it would get is not there yet."""
     server.refused("POST", "/mount/overlay", 404, {"lower": [0]})

@@ -17,6 +17,7 @@ from imageapi.engine.reconcile import Reconciler
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut, Unsupported
 from imageapi.records import AnyRecord, Key, Phase, snapshot
+from imageapi.runtime import command
 from imageapi.spec import Container, Object
 from imageapi.store import Store
 
@@ -83,6 +84,8 @@ class Engine:
 
         Raises: errors.Problem, and then nothing is left.
         """
+        if isinstance(thing, Container):
+            command.split(thing.command)  # one that could never run is refused before it is defined
         record = await self._applier.create(thing)
         return self._graph.picture(record.key)
 
