@@ -101,3 +101,19 @@ def test_a_server_whose_supervisor_cannot_work_says_so_and_ends(run_dir: Path) -
     assert ended.stderr.startswith("imageapi-server: the supervisor does not work")
     assert str(run_dir / "supervisor" / "log") in ended.stderr
     assert not (run_dir / "socket").exists()
+
+
+def test_what_is_gone_is_told_of_it_and_of_its_users(server: Server) -> None:
+    """Somebody unmounts what is ours while no server runs: it is said, and all of it can still be deleted."""
+    mounted = server.post("/mount", squashfs())
+    server.post("/container", {"mount": {"id": 0}, "command": FOREVER})
+    server.kill()
+    subprocess.run(["umount", mounted["mountpoint"]], check=True)
+    server.start()
+    assert "gone from the kernel" in server.get("/mount/0")["problem"]
+    assert "mount 0 (attach), which it needs" in server.get("/container/0")["problem"]
+    assert "problem" not in server.get("/attach/0")
+    server.refused("GET", "/container/0/running", 409)
+    server.delete("/container/0")
+    server.delete("/mount/0")
+    assert server.everything() == []

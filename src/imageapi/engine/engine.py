@@ -40,9 +40,7 @@ class Engine:
         self._applier = Applier(
             self._ledger, self._jobs, self._containers, self._collector, self._tasks, config.operation_timeout
         )
-        self._reconciler = Reconciler(
-            self._ledger, store, self._jobs, self._containers, self._collector, self._tasks, boot_id
-        )
+        self._reconciler = Reconciler(self._ledger, store, self._jobs, self._containers, self._collector, boot_id)
 
     async def start(self) -> None:
         """Make records and kernel agree, and go on where the last server stopped."""

@@ -16,7 +16,6 @@ from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job
-from imageapi.engine.tasks import Tasks
 from imageapi.errors import Problem
 from imageapi.records import AnyRecord, Phase
 from imageapi.spec import Container
@@ -35,7 +34,6 @@ class Reconciler:
         jobs: Jobs,
         containers: Containers,
         collector: Collector,
-        tasks: Tasks,
         boot_id: str,
     ) -> None:
         self._ledger = ledger
@@ -44,7 +42,6 @@ class Reconciler:
         self._jobs = jobs
         self._containers = containers
         self._collector = collector
-        self._tasks = tasks
         self._boot_id = boot_id
 
     async def reconcile(self) -> None:
@@ -95,6 +92,8 @@ class Reconciler:
             return
         if facts is None:
             self._ledger.fault([record.key], "it is gone from the kernel; delete it, and make it again")
+            users = (user.key for user in self._graph.holders(record.key) if user.problem is None)
+            self._ledger.fault(users, f"{describe(record)}, which it needs, is gone from the kernel")
             log.warning("%s is gone from the kernel", describe(record))
 
     async def _collect(self) -> None:
