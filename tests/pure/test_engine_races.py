@@ -314,7 +314,7 @@ def test_a_root_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
         with pytest.raises(TimedOut):
             await engine.request_state(BOX, "running")
         kernel.let_go("open_root", BOX)
-        await until(lambda: engine._jobs.returned(BOX) is None)
+        await until(lambda: engine._jobs.under_way(BOX) is None)
         assert set(os.listdir("/proc/self/fd")) == before
 
     act(scenario, tmp_path, timeout=0.05)

@@ -135,7 +135,7 @@ class Applier:
         inside = place if isinstance(record.spec, Container) else f"{place}.{record.kind}"
         fields = {"step": f"making {describe(record)}", **problem.fields}
         fields["path"] = inside + str(problem.fields.get("path", "")).removeprefix("$")
-        if self._jobs.returned(record.key):
+        if self._jobs.under_way(record.key):
             fields["id"] = record.id
         return type(problem)(problem.message, **fields)
 

@@ -47,7 +47,7 @@ class Collector:
             return
         untouched = record.phase is Phase.PLANNED
         record.phase, record.problem = Phase.RELEASING, None
-        if self._jobs.returned(key):
+        if self._jobs.under_way(key):
             self.put_off(record, TimedOut("the host has not come back from making it; it is undone when it does"))
             return
         try:

@@ -283,20 +283,19 @@ class Containers:
         run = _run(record)
         if run.state not in ("running", "stopping"):
             return
-        problem = await self._sync(record) or self._complaint(record, exit_code)
-        clean = run.stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED)
-        run.state = "exited" if clean else "dead"
+        problem = await self._sync(record)
+        if _is_clean(record, exit_code):
+            run.state = "exited"
+        else:
+            run.state, problem = "dead", problem or self._complaint(run, exit_code)
         run.pid = run.start_time = None
         run.exit_code, run.finished_at = exit_code, now()
         self._ledger.note(record, problem=problem)
         self._end_of(record).set()
 
     @staticmethod
-    def _complaint(record: AnyRecord, exit_code: int | None) -> str | None:
+    def _complaint(run: Run, exit_code: int | None) -> str:
         """What is to be said of an end that nobody asked for."""
-        run = _run(record)
-        if run.stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED):
-            return None
         if exit_code is None:
             return "it ended while nobody watched, so that its exit code is not known"
         how = f"was killed by signal {exit_code - 128}" if exit_code > 128 else f"exited with status {exit_code}"
@@ -361,6 +360,11 @@ class Containers:
             logs.append(_run(record).logfile, f"container({record.id})", text)
         except OSError as error:
             log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
+
+
+def _is_clean(record: AnyRecord, exit_code: int | None) -> bool:
+    """Whether a container has ended as it should: asked to, by itself with status 0, or as a halted system does."""
+    return _run(record).stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED)
 
 
 def _run(record: AnyRecord) -> Run:

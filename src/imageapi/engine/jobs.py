@@ -61,7 +61,7 @@ class Jobs:
             raise TimedOut(self._complaint(record, job, limit), step=job.name)
         return task.result()
 
-    def returned(self, key: Key) -> asyncio.Task[Any] | None:
+    def under_way(self, key: Key) -> asyncio.Task[Any] | None:
         """The job that is still under way on an object whose caller has given up; None when there is none."""
         return self._under_way.get(key)
 
@@ -70,7 +70,7 @@ class Jobs:
 
         Raises: errors.TimedOut.
         """
-        if (job := self.returned(key)) is None:
+        if (job := self.under_way(key)) is None:
             return
         done, _ = await asyncio.wait({job}, timeout=self._timeout)
         if not done:
