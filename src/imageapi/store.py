@@ -27,6 +27,7 @@ class Store:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._counters: dict[str, int] = {}
         for collection in records.RECORD_TYPES:
             os.makedirs(f"{directory}/{collection}", mode=0o700, exist_ok=True)
 
@@ -51,8 +52,10 @@ class Store:
             os.unlink(self._path(key))
 
     def save_counters(self, following: dict[str, int]) -> None:
-        """Write the ids that come next, which records that are gone no longer tell."""
-        self._publish(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
+        """Write the ids that come next, which records that are gone no longer tell; not those just written."""
+        if following != self._counters:
+            self._publish(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
+            self._counters = following
 
     def counters(self) -> dict[str, int]:
         """The ids that come next, as they were last written."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
-from imageapi.engine.pool import Job, Pool
+from imageapi.engine.pool import Chain, Job, Pool
 from imageapi.engine.worker import Descriptor
 from imageapi.errors import TimedOut
 from imageapi.records import Facts, Key
@@ -27,6 +27,7 @@ class SlowKernel(Pool):
         self.standing: set[Key] = set()
         self._gates: dict[Step, asyncio.Event] = {}
         self._begun: defaultdict[Step, asyncio.Event] = defaultdict(asyncio.Event)
+        self._doing: set[asyncio.Task[None]] = set()
 
     def hold(self, verb: str, key: Key) -> None:
         """Let this job wait until `let_go`."""
@@ -39,15 +40,27 @@ class SlowKernel(Pool):
         """Wait until the job has begun."""
         await self._begun[verb, key].wait()
 
-    async def perform(self, job: Job) -> Any:
-        job.started = True
-        step = job.name, _subject(job)
-        self._begun[step].set()
-        if (gate := self._gates.get(step)) is not None:
-            await gate.wait()
-        if step in self.failures:
-            raise self.failures[step]
-        return self._perform(*step)
+    def submit(self, chain: Chain) -> None:
+        doing = asyncio.create_task(self._do(chain))
+        self._doing.add(doing)
+        doing.add_done_callback(self._doing.discard)
+
+    def give_up(self, chain: Chain) -> None:
+        chain.cancel_from(1)
+
+    async def _do(self, chain: Chain) -> None:
+        while chain.jobs:
+            job = chain.jobs[0]
+            step = job.name, _subject(job)
+            self._begun[step].set()
+            if (gate := self._gates.get(step)) is not None:
+                await gate.wait()
+            chain.jobs.popleft()
+            if (failure := self.failures.get(step)) is not None:
+                chain.fail(job, failure)
+            else:
+                job.result.set_result(self._perform(*step))
+            await asyncio.sleep(0)
 
     def _perform(self, verb: str, key: Key) -> Facts | Descriptor | None:
         if verb == "open_root":
@@ -60,8 +73,8 @@ class SlowKernel(Pool):
 
 
 def _subject(job: Job) -> Key:
-    """What a job is about: its record, or the container whose root is to be opened."""
-    return Key("container", job.arguments[2]) if job.name == "open_root" else job.arguments[0].key
+    assert job.about is not None
+    return job.about.key
 
 
 class Supervisor:

@@ -1,28 +1,28 @@
 """A create: plan, claim, make step by step, publish; or undo all of it.
 
-What was claimed is undone by taking one's own references away and collecting: what somebody else has come to share
-meanwhile has a holder, and stays. Each step runs to its end whether its client is still there or not, since others may
-wait for its result.
+The steps of one store go to one worker together, which begins each without waiting for us. What was claimed is undone
+by taking one's own references away and collecting: what somebody else has come to share meanwhile has a holder, and
+stays.
+Each step runs to its end whether its client is still there or not, since others may wait for its result.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Iterable, Iterator
+from itertools import groupby
 
 from imageapi.engine.collect import Collector
-from imageapi.engine.containers import Containers
+from imageapi.engine.containers import CREATED, STARTING, Containers
 from imageapi.engine.graph import describe, standing
-from imageapi.engine.jobs import Jobs
+from imageapi.engine.jobs import GivenUp, Jobs, Series
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.plan import Later, Plan, plan
+from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container, Object
-
-
-class _GivenUp(Problem):
-    """Somebody else's step that was to be shared will not be done: its request ended before."""
 
 
 class Applier:
@@ -38,8 +38,7 @@ class Applier:
         self._collector = collector
         self._tasks = tasks
         self._timeout = timeout
-        self._making: dict[Key, asyncio.Future[None]] = {}
-        self._steps: dict[Key, asyncio.Task[None]] = {}
+        self._awaited: dict[Key, asyncio.Future[None]] = {}
 
     async def create(self, thing: Object) -> AnyRecord:
         """Make `thing` and all that it nests. Cancelling undoes it as a failure does.
@@ -48,34 +47,31 @@ class Applier:
         """
         running = getattr(thing, "state", None) == "running"
         while True:
-            claimed = await self._claim(thing)
+            claimed = await self._claim(thing, running=running)
+            making = _Making(claimed, self._ledger, self._jobs, self._containers, self._awaited, running=running)
+            made = self._tasks.spawn(making.carry_out())
             try:
-                await self._carry_out(claimed, running=running)
+                await asyncio.shield(made)
+                self._ledger.publish(claimed)
                 return claimed.root
-            except _GivenUp:
+            except GivenUp:
                 await self._tasks.through(self._undo(claimed))
             except BaseException as error:
-                undone = self._tasks.spawn(self._undo(claimed))
+                making.stop()
+                undone = self._tasks.spawn(self._undo(claimed, made))
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.shield(undone)
                 raise
 
-    async def _carry_out(self, claimed: Plan, *, running: bool) -> None:
-        for record in claimed.steps:
-            step = self._tasks.spawn(self._make(record, claimed, running=running))
-            self._steps[record.key] = step
-            await asyncio.shield(step)
-        self._ledger.publish(claimed)
-        for record in claimed.steps:
-            del self._steps[record.key]
-
-    async def _claim(self, thing: Object) -> Plan:
+    async def _claim(self, thing: Object, *, running: bool) -> Plan:
         """Plan again until nothing that is going away stands in the way, then enter the plan in the same step."""
         while isinstance(planned := plan(thing, self._graph, self._ledger.draw_token), Later):
             await self._wait_for(planned)
+        if isinstance(planned.root.spec, Container):
+            self._containers.prepare(planned.root, running=running)
         self._ledger.claim(planned)
         for record in planned.steps:
-            self._making[record.key] = asyncio.get_running_loop().create_future()
+            self._awaited[record.key] = asyncio.get_running_loop().create_future()
         return planned
 
     async def _wait_for(self, later: Later) -> None:
@@ -84,54 +80,126 @@ class Applier:
         except TimeoutError:
             raise TimedOut(f"{later.key} is being deleted, and is not gone after {self._timeout:g}s") from None
 
-    async def _make(self, record: AnyRecord, claimed: Plan, *, running: bool) -> None:
-        """One step. Its result is that of all who came to share it."""
+    async def _undo(self, claimed: Plan, made: asyncio.Future[None] | None = None) -> None:
+        """Take the plan's objects away again, the root first, when the step that is under way has ended."""
+        if made is not None:
+            await asyncio.wait({made})
+        claimed.root.pinned = False
+        for record in reversed(claimed.steps):
+            if record.phase is Phase.PLANNED:
+                record.problem = "its create has ended before it was made"
+            ended = GivenUp(f"{describe(record)} is not made: its create has ended")
+            _tell(self._awaited.pop(record.key, None), ended)
+            await self._collector.collect([record.key])
+
+
+class _Making:
+    """The steps of one claimed plan. `awaited` has, for everything that is being made by anybody, how that ends."""
+
+    def __init__(
+        self,
+        claimed: Plan,
+        ledger: Ledger,
+        jobs: Jobs,
+        containers: Containers,
+        awaited: dict[Key, asyncio.Future[None]],
+        *,
+        running: bool,
+    ) -> None:
+        self._claimed = claimed
+        self._ledger = ledger
+        self._graph = ledger.graph
+        self._jobs = jobs
+        self._containers = containers
+        self._awaited = awaited
+        self._running = running
+        self._series: Series | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Begin no other step."""
+        self._stopped = True
+        if self._series is not None:
+            self._series.stop()
+
+    async def carry_out(self) -> None:
+        """Raises: errors.Problem, about its place in the request; GivenUp, after `stop` or when somebody else's step
+        that was to be shared is not done."""
+        for record in self._claimed.steps:
+            await self._step(record, self._shared(record))
+        for store, group in groupby(self._claimed.steps, self._jobs.store):
+            await self._make_together(store, list(group))
+
+    async def _shared(self, record: AnyRecord) -> None:
+        """Wait for what others are just making; their failure is ours, too."""
+        own = {one.key for one in self._claimed.steps}
+        shared = [key for key in record.edges() if key not in own]
+        for key in shared:
+            if (making := self._awaited.get(key)) is not None:
+                await asyncio.shield(making)
+        self._check(shared)
+
+    async def _make_together(self, store: str, group: list[AnyRecord]) -> None:
+        if self._stopped:
+            raise GivenUp("its request has ended")
+        with self._jobs.series(store, list(self._jobs_for(group))) as self._series:
+            for record in group:
+                await self._step(record, self._make(record, self._series))
+                _tell(self._awaited.pop(record.key, None), None)
+
+    def _jobs_for(self, group: list[AnyRecord]) -> Iterator[Job]:
+        for record in group:
+            inputs = [self._graph.get(key) for key in record.edges()]
+            if not isinstance(record.spec, Container):
+                yield Job("acquire", record, inputs)
+            elif self._running:
+                yield self._containers.opening(record, inputs[0], CREATED, STARTING)
+
+    async def _step(self, record: AnyRecord, work: Awaitable[None]) -> None:
+        """Do what is to be done for a record. How it fails is how it fails for all who came to share it."""
         try:
-            inputs = [await self._ready(key) for key in record.edges()]
-            if isinstance(record.spec, Container):
-                await self._make_container(record, running=running)
-            else:
-                await self._acquire(record, inputs)
+            await work
+        except GivenUp:
+            raise
         except Problem as problem:
             record.problem = problem.message  # nobody is to share it from now on
-            self._tell(record.key, problem)
-            raise self._located(problem, record, claimed) from problem
-        self._tell(record.key, None)
+            _tell(self._awaited.pop(record.key, None), problem)
+            raise self._located(problem, record) from problem
 
-    def _tell(self, key: Key, problem: BaseException | None) -> None:
-        """Let those who wait for a step know how it ended; the first word counts."""
-        future = self._making.pop(key, None)
-        if future is None or future.done():
-            return
-        if problem is None:
-            future.set_result(None)
+    async def _make(self, record: AnyRecord, series: Series) -> None:
+        """Make one object. The root is written when it is published, and not before."""
+        record.phase = Phase.ACQUIRING  # from now on it must be undone
+        self._check(record.edges())
+        try:
+            await self._finish(record, series)
+        except GivenUp:
+            record.phase = Phase.PLANNED  # it was not begun
+            raise
+        record.phase = Phase.LIVE
+        if record is not self._claimed.root:
+            self._ledger.change(record)
+
+    async def _finish(self, record: AnyRecord, series: Series) -> None:
+        if not isinstance(record.spec, Container):
+            record.facts = await series.outcome()
+        elif self._stopped:
+            raise GivenUp("its request has ended")
+        elif self._running:
+            await self._containers.start_new(record, series.outcome)
         else:
-            future.set_exception(problem)
-            future.exception()
+            self._containers.make(record)
 
-    async def _ready(self, key: Key) -> AnyRecord:
-        """An object to build on; one that is just being made is waited for, and its failure is ours too."""
-        if (making := self._making.get(key)) is not None:
-            await asyncio.shield(making)
-        record = self._graph.find(key)
-        if record is None or not standing(record):
-            reason = f": {record.problem}" if record and record.problem else ": it is being deleted"
-            raise Conflict(f"{describe(record) if record else key} cannot be used{reason}")
-        return record
+    def _check(self, keys: Iterable[Key]) -> None:
+        """Raises: errors.Conflict, when one of the objects to build on does not stand any more."""
+        for key in keys:
+            below = self._graph.find(key)
+            if below is None or not standing(below):
+                reason = f": {below.problem}" if below and below.problem else ": it is being deleted"
+                raise Conflict(f"{describe(below) if below else key} cannot be used{reason}")
 
-    async def _acquire(self, record: AnyRecord, inputs: list[AnyRecord]) -> None:
-        self._ledger.change(record, phase=Phase.ACQUIRING)
-        facts = await self._jobs.drive("acquire", record, inputs)
-        self._ledger.change(record, phase=Phase.LIVE, facts=facts)
-
-    async def _make_container(self, record: AnyRecord, *, running: bool) -> None:
-        self._containers.make(record)
-        if running:
-            await self._containers.start(record)
-
-    def _located(self, problem: Problem, record: AnyRecord, claimed: Plan) -> Problem:
+    def _located(self, problem: Problem, record: AnyRecord) -> Problem:
         """The problem with its place in the request, the step it happened in, and the id of what stays behind it."""
-        place = claimed.paths[record.key]
+        place = self._claimed.paths[record.key]
         inside = place if isinstance(record.spec, Container) else f"{place}.{record.kind}"
         fields = {"step": f"making {describe(record)}", **problem.fields}
         fields["path"] = inside + str(problem.fields.get("path", "")).removeprefix("$")
@@ -139,13 +207,13 @@ class Applier:
             fields["id"] = record.id
         return type(problem)(problem.message, **fields)
 
-    async def _undo(self, claimed: Plan) -> None:
-        """Take the plan's objects away again, the root first, when the step that is under way has ended."""
-        claimed.root.pinned = False
-        for record in reversed(claimed.steps):
-            if (step := self._steps.pop(record.key, None)) is not None:
-                await asyncio.wait({step})
-            if record.phase is Phase.PLANNED:
-                record.problem = "its create has ended before it was made"
-            self._tell(record.key, _GivenUp(f"{describe(record)} is not made: its create has ended"))
-            await self._collector.collect([record.key])
+
+def _tell(awaited: asyncio.Future[None] | None, problem: BaseException | None) -> None:
+    """Let those who wait for a step know how it ended; the first word counts."""
+    if awaited is None or awaited.done():
+        return
+    if problem is None:
+        awaited.set_result(None)
+    else:
+        awaited.set_exception(problem)
+        awaited.exception()

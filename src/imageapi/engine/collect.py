@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Collection, Iterable
+from itertools import groupby
 
 from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase
@@ -49,14 +51,69 @@ class Collector:
         record.phase, record.problem = Phase.RELEASING, None
         if self._jobs.under_way(key):
             self.put_off(record, TimedOut("the host has not come back from making it; it is undone when it does"))
-            return
+        elif untouched:
+            await self.forget(record)
+        elif isinstance(record.spec, Container):
+            await self._release_alone(record)
+        else:
+            await self._release_together(self._leaving(record))
+
+    async def _release_alone(self, record: AnyRecord) -> None:
         try:
-            if not untouched:
-                await self.release(record)
+            await self.release(record)
         except Problem as problem:
             self.put_off(record, problem)
-            return
-        await self.forget(record)
+        else:
+            await self.forget(record)
+
+    def _leaving(self, record: AnyRecord) -> list[AnyRecord]:
+        """What goes with an object that is `releasing`, and is so from now on, too: it first, each before what only
+        it and others before it need."""
+        leaving, keys = [record], {record.key}
+        for one in leaving:
+            for below in filter(None, map(self._graph.find, one.edges())):
+                if below.key not in keys and self._goes_with(below, keys):
+                    below.phase = Phase.RELEASING
+                    leaving.append(below)
+                    keys.add(below.key)
+        return leaving
+
+    def _goes_with(self, record: AnyRecord, leaving: Collection[Key]) -> bool:
+        """Whether nothing but those `leaving` needs the object, and nothing else is being done to it."""
+        return (
+            record.phase is Phase.LIVE
+            and not record.pinned
+            and not self._jobs.under_way(record.key)
+            and all(holder.key in leaving for holder in self._graph.holders(record.key))
+        )
+
+    async def _release_together(self, leaving: list[AnyRecord]) -> None:
+        """Release objects in their order, those of one store by one worker. Where the kernel does not let one go,
+        those behind it stay, but for those that nothing needs by then."""
+        below = dict.fromkeys(edge for record in leaving for edge in record.edges())
+        for store, group in groupby(leaving, self._jobs.store):
+            kept = await self._release_in_turn(store, list(group))
+            if kept is not None:
+                self._spare(record for record in leaving if record is not kept)
+                break
+        await self.collect(below)
+
+    async def _release_in_turn(self, store: str, group: list[AnyRecord]) -> AnyRecord | None:
+        """The one that could not be released, if there is one: none after it is tried."""
+        with self._jobs.series(store, [Job("release", record) for record in group]) as series:
+            for record in group:
+                try:
+                    await _or_bug(record, series.outcome())
+                except Problem as problem:
+                    self.put_off(record, problem)
+                    return record
+                self._drop(record)
+        return None
+
+    def _spare(self, records: Iterable[AnyRecord]) -> None:
+        for record in records:
+            if self._graph.find(record.key) is record:
+                self._ledger.spare(record)
 
     async def release(self, record: AnyRecord) -> None:
         """Have the kernel let go of an object that is `releasing`; a job still under way on it is waited for first.
@@ -64,25 +121,25 @@ class Collector:
         Raises: errors.Problem; a bug is one, too, so that it is told and tried again.
         """
         await self._jobs.settle(record.key)
-        self._ledger.note(record, phase=Phase.RELEASING)
-        try:
-            if isinstance(record.spec, Container):
-                await self._containers.discard(record)
-            else:
-                await self._jobs.drive("release", record)
-        except Problem:
-            raise
-        except Exception as bug:
-            log.exception("a bug in the release of %s", describe(record))
-            raise Problem("its release failed by a bug of this server; the server's log has the trace") from bug
+        if isinstance(record.spec, Container):
+            await _or_bug(record, self._containers.discard(record))
+        else:
+            await _or_bug(record, self._jobs.drive("release", record))
 
     async def forget(self, record: AnyRecord) -> None:
         """Drop a record whose object is gone, tell those that stood on it, and collect what stood below it."""
-        below = record.edges()
+        erase = not self._graph.is_shown(record.key)
+        self._drop(record)
+        collected = self.collect(record.edges())
+        if isinstance(record.spec, Container):
+            await asyncio.gather(self._containers.forget(record, erase=erase), collected)
+        else:
+            await collected
+
+    def _drop(self, record: AnyRecord) -> None:
         lost = f"{describe(record)}, which it needs, was deleted by force"
         self._ledger.fault((holder.key for holder in self._graph.holders(record.key)), lost)
         self._ledger.drop(record.key)
-        await self.collect(key for key in below if self._graph.find(key))
 
     def put_off(self, record: AnyRecord, problem: Problem) -> None:
         """Keep an object that is `releasing` with its problem, and try again until the kernel lets it go."""
@@ -102,3 +159,14 @@ class Collector:
                 self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
             else:
                 await self.forget(record)
+
+
+async def _or_bug(record: AnyRecord, release: Awaitable[None]) -> None:
+    """Do a release; what fails in it by a bug fails with a reason that says so."""
+    try:
+        await release
+    except Problem:
+        raise
+    except Exception as bug:
+        log.exception("a bug in the release of %s", describe(record))
+        raise Problem("its release failed by a bug of this server; the server's log has the trace") from bug

@@ -10,7 +10,9 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
 from imageapi.config import Config
 from imageapi.drivers.base import driver
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 HALTED = (128 + 1, 128 + 2)
 """How a pid namespace ends whose first process called reboot(2): by SIGHUP to restart, by SIGINT to halt."""
+CREATED, STARTING = "container created", "starting container"
+"""What the log of a container says of it."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
 
@@ -99,12 +103,28 @@ class Containers:
 
     # --------------------------------------------------------------------------------------------------- verbs
 
+    def prepare(self, record: AnyRecord, *, running: bool) -> None:
+        """A container that is planned has the name of its log, and the number of its first start, if there is one."""
+        logfile = self._ledger.site.logfile(record.id, int(time.time()))
+        record.run = Run(created_at=now(), logfile=logfile, attempt=int(running))
+
     def make(self, record: AnyRecord) -> None:
         """The container exists: it has its log file, whose first line says so."""
-        logfile = self._ledger.site.logfile(record.id, int(time.time()))
-        run = Run(created_at=now(), logfile=logfile)
-        self._ledger.change(record, run=run, phase=Phase.LIVE)
-        self._log(record, "container created")
+        self._log(record, CREATED)
+
+    def opening(self, record: AnyRecord, mount: AnyRecord, *told: str) -> Job:
+        """The job that gives the container's root. Its log is told so many things first.
+
+        Raises: errors.Invalid, for a command that is none.
+        """
+        return Job("open_root", record, mount, command.split(record.spec.command), told)
+
+    async def start_new(self, record: AnyRecord, root: Callable[[], Awaitable[int]]) -> None:
+        """Run the command of a container that is just being made, in the root that its `opening` gives.
+
+        Raises: errors.Problem.
+        """
+        await self._begin(record, self._start(record, _run(record), root))
 
     async def start(self, record: AnyRecord) -> None:
         """Run the container's command; returns when it has been executed. One that runs is left alone.
@@ -118,9 +138,9 @@ class Containers:
                 return
             if state == "stopping":
                 raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
-            starting = self._tasks.spawn(self._start(record))
-            self._starting[record.key] = starting
-        await asyncio.shield(starting)
+            await self._begin(record, self._start_again(record))
+        else:
+            await asyncio.shield(starting)
 
     async def stop(self, record: AnyRecord) -> None:
         """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone.
@@ -157,17 +177,37 @@ class Containers:
                 await asyncio.sleep(ASK_AGAIN)
 
     async def discard(self, record: AnyRecord) -> None:
-        """Take the container away: what runs is killed, and its log has its last line.
+        """Kill what runs.
 
         Raises: errors.TimedOut, when its processes do not end.
         """
-        if record.run is None:
-            return
-        if self.active(record):
+        if record.run is not None and self.active(record):
             await self._kill(record)
-        await self._supervisor.forget(record.id, _run(record).attempt)
+
+    async def forget(self, record: AnyRecord, *, erase: bool) -> None:
+        """What is kept of a container that is gone goes: its end at the supervisor. Its log gets its last line;
+        `erase`: it goes, too, since nobody was ever told of it."""
         self._ends.pop(record.key, None)
-        self._log(record, "container deleted")
+        run = _run(record)
+        if erase:
+            logs.remove(run.logfile)
+        else:
+            self._log(record, "container deleted")
+        if run.attempt and not await self._forgotten(record.id, run.attempt):
+            self._tasks.linger(self._forget_later(record.id, run.attempt))
+
+    async def _forgotten(self, container: int, attempt: int) -> bool:
+        """Whether the supervisor has dropped what it keeps of an end."""
+        try:
+            await self._supervisor.forget(container, attempt)
+        except Problem as problem:
+            log.warning("the end of container %d is still kept: %s", container, problem.message)
+            return False
+        return True
+
+    async def _forget_later(self, container: int, attempt: int) -> None:
+        while not await self._forgotten(container, attempt):
+            await asyncio.sleep(ASK_AGAIN)
 
     async def _kill(self, record: AnyRecord) -> None:
         if (starting := self._starting.get(record.key)) is not None:
@@ -187,11 +227,31 @@ class Containers:
 
     # -------------------------------------------------------------------------------------------------- a start
 
-    async def _start(self, record: AnyRecord) -> None:
-        run = self._begin(record)
+    async def _begin(self, record: AnyRecord, start: Coroutine[Any, Any, None]) -> None:
+        """Have a start done, whether its caller waits for it or not."""
+        starting = self._starting[record.key] = self._tasks.spawn(start)
+        await asyncio.shield(starting)
+
+    async def _start_again(self, record: AnyRecord) -> None:
+        """A new start, with the next number; the last one's end is forgotten."""
+        old = _run(record)
+        run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
+        self._ends.pop(record.key, None)
+        await self._start(record, run, lambda: self._open_root(record))
+
+    async def _open_root(self, record: AnyRecord) -> int:
+        """The container's root, a descriptor.
+
+        Raises: errors.Problem.
+        """
+        self._ledger.change(record, problem=None)
+        mount = self._mount_of(record)
+        root: int = await self._jobs.run(self._jobs.store(mount), self.opening(record, mount, STARTING))
+        return root
+
+    async def _start(self, record: AnyRecord, run: Run, root: Callable[[], Awaitable[int]]) -> None:
         try:
-            self._ledger.change(record, problem=None)
-            started = await self._execute(record, run)
+            started = await self._execute(record, run, await root())
         except Problem as problem:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
@@ -200,7 +260,8 @@ class Containers:
             raise
         else:
             run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
-            self._ledger.note(record)
+            if self._graph.is_shown(record.key):  # else it is written with its create's success
+                self._ledger.note(record)
         finally:
             del self._starting[record.key]
             if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
@@ -218,25 +279,13 @@ class Containers:
                 log.warning("start %d of container %d is not ended yet: %s", attempt, container, problem.message)
                 await asyncio.sleep(ASK_AGAIN)
 
-    def _begin(self, record: AnyRecord) -> Run:
-        """A new start, with the next number; the last one's end is forgotten."""
-        old = _run(record)
-        record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
-        self._ends.pop(record.key, None)
-        self._log(record, "starting container")
-        return record.run
-
-    async def _execute(self, record: AnyRecord, run: Run) -> Started:
-        """Have the supervisor execute the command in a copy of the mount's tree.
+    async def _execute(self, record: AnyRecord, run: Run, root: int) -> Started:
+        """Have the supervisor execute the command in `root`, which is closed.
 
         Raises: errors.Problem, when it was not executed.
         """
-        argv = command.split(record.spec.command)
-        mount = self._mount_of(record)
-        job = Job(self._jobs.store(mount), "open_root", mount.facts.mountpoint, argv, record.id, run.logfile)
-        root = await self._jobs.run(record, job)
         try:
-            return await self._supervisor.start(self._order(record, run, argv), root)
+            return await self._supervisor.start(self._order(record, run), root)
         finally:
             os.close(root)
 
@@ -253,11 +302,11 @@ class Containers:
             raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
         return mount
 
-    def _order(self, record: AnyRecord, run: Run, argv: list[str]) -> Start:
+    def _order(self, record: AnyRecord, run: Run) -> Start:
         return Start(
             id=record.id,
             attempt=run.attempt,
-            argv=argv,
+            argv=command.split(record.spec.command),
             systemd=record.spec.systemd,
             logfile=os.path.basename(run.logfile),
             mark=self._ledger.site.mark(record.key),
@@ -305,9 +354,9 @@ class Containers:
         """Have what the container wrote reach its store; what went wrong, if anything did."""
         root = self._graph.find(record.edges()[0])
         for mount in self._written(root) if root else ():
-            job = Job(self._jobs.store(mount), "sync", mount.facts.mountpoint)
             try:
-                await self._jobs.run(None, job, self._stop_timeout)
+                job = Job("sync", mount.facts.mountpoint)
+                await self._jobs.run(self._jobs.store(mount), job, self._stop_timeout)
             except Problem as problem:
                 return f"what it wrote to {describe(mount)} may not have reached its store: {problem.message}"
         return None

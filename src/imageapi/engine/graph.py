@@ -73,6 +73,10 @@ class Graph:
             raise NotFound(f"there is no {key}")
         return self.get(key)
 
+    def is_shown(self, key: Key) -> bool:
+        """Whether the object's create has succeeded, or it is seen because something is wrong with it."""
+        return key not in self._hidden
+
     def named(self, name: str) -> Key | None:
         """The container that has taken `name`."""
         return self._names.get(name)

@@ -7,15 +7,19 @@ happen: its object is undone only after it has returned.
 from __future__ import annotations
 
 import asyncio
-import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 from imageapi.drivers.base import LOCAL_STORE, driver
 from imageapi.engine.graph import Graph, describe
-from imageapi.engine.pool import Job, Pool
-from imageapi.engine.worker import Descriptor
-from imageapi.errors import TimedOut
+from imageapi.engine.pool import Chain, Job, Pool
+from imageapi.errors import Problem, TimedOut
 from imageapi.records import AnyRecord, Key
+from imageapi.spec import Container
+
+
+class GivenUp(Problem):
+    """What was waited for will not be done: the request that it was done for has ended before."""
 
 
 class Jobs:
@@ -25,43 +29,41 @@ class Jobs:
         self._pool = pool
         self._graph = graph
         self._timeout = timeout
-        self._under_way: dict[Key, asyncio.Task[Any]] = {}
+        self._under_way: dict[Key, asyncio.Future[Any]] = {}
 
     async def drive(self, verb: str, record: AnyRecord, *arguments: Any) -> Any:
         """Have the driver of an attachment or mount do `verb`.
 
         Raises: errors.Problem; errors.TimedOut with the job still under way.
         """
-        return await self.run(record, Job(self.store(record), verb, record, *arguments))
+        return await self.run(self.store(record), Job(verb, record, *arguments))
 
     def store(self, record: AnyRecord) -> str:
         """The store whose failure makes calls about the object hang: its own, or the first one below it."""
         for one in (record, *self._graph.below(record.key)):
+            if isinstance(one.spec, Container):
+                continue
             store = driver(one.key.collection, one.kind).store(one.definition)
             if store != LOCAL_STORE:
                 return store
         return LOCAL_STORE
 
-    async def run(self, record: AnyRecord | None, job: Job, timeout: float | None = None) -> Any:
-        """The result of a job about `record`, or about the host.
+    async def run(self, store: str, job: Job, timeout: float | None = None) -> Any:
+        """The result of one job.
 
         Raises: errors.Problem; errors.TimedOut with the job still under way.
         """
-        limit = self._timeout if timeout is None else timeout
-        task = asyncio.ensure_future(self._pool.perform(job))
-        if record is not None:
-            self._remember(record.key, task)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=limit)
-        except asyncio.CancelledError:
-            self._give_up(task, job)
-            raise
-        if not done:
-            self._give_up(task, job)
-            raise TimedOut(self._complaint(record, job, limit), step=job.name)
-        return task.result()
+        with self.series(store, [job]) as series:
+            return await series.outcome(timeout)
 
-    def under_way(self, key: Key) -> asyncio.Task[Any] | None:
+    def series(self, store: str, jobs: Sequence[Job]) -> Series:
+        """Have jobs of one store done in turn."""
+        for job in jobs:
+            if job.about is not None:
+                self._remember(job.about.key, job.result)
+        return Series(self._pool, Chain(store, jobs), self._timeout)
+
+    def under_way(self, key: Key) -> asyncio.Future[Any] | None:
         """The job that is still under way on an object whose caller has given up; None when there is none."""
         return self._under_way.get(key)
 
@@ -76,34 +78,65 @@ class Jobs:
         if not done:
             raise TimedOut(f"the host has not come back from what was asked of {key} before; see to its store")
 
-    def _remember(self, key: Key, task: asyncio.Task[Any]) -> None:
-        def forget(ended: asyncio.Task[Any]) -> None:
+    def _remember(self, key: Key, result: asyncio.Future[Any]) -> None:
+        def forget(ended: asyncio.Future[Any]) -> None:
             if self._under_way.get(key) is ended:
                 del self._under_way[key]
-            if not ended.cancelled():
-                ended.exception()
 
-        self._under_way[key] = task
-        task.add_done_callback(forget)
+        self._under_way[key] = result
+        result.add_done_callback(forget)
 
-    @staticmethod
-    def _give_up(task: asyncio.Task[Any], job: Job) -> None:
-        """A job that no worker has begun is taken back; one that has begun may still have its effect."""
-        if job.started:
-            task.add_done_callback(_close_unclaimed)
-        else:
-            task.cancel()
 
-    @staticmethod
-    def _complaint(record: AnyRecord | None, job: Job, limit: float) -> str:
-        where = "the host" if job.store == LOCAL_STORE else job.store
-        what = f"{job.name} of {describe(record) if record else 'the host'} did not finish in {limit:g}s"
-        if not job.started:
+class Series:
+    """Jobs under way in one worker; their outcomes are asked for in turn. At the end of the `with` none is begun any
+    more: the one that is under way still ends in its own time."""
+
+    def __init__(self, pool: Pool, chain: Chain, timeout: float) -> None:
+        self._pool = pool
+        self._chain = chain
+        self._timeout = timeout
+        self._asked = iter(tuple(chain.jobs))
+        pool.submit(chain)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        for job in self._asked:
+            job.abandon()
+
+    def stop(self) -> None:
+        """Begin no other job; who waits for one learns that it is given up."""
+        if self._chain.jobs:
+            self._pool.give_up(self._chain)
+
+    async def outcome(self, timeout: float | None = None) -> Any:
+        """The result of the next job; `timeout` in seconds is the operation's, unless told.
+
+        Raises: errors.Problem, as the job raised it; errors.TimedOut, with the job still under way; GivenUp.
+        """
+        job = next(self._asked)
+        limit = self._timeout if timeout is None else timeout
+        try:
+            if not job.result.done():
+                await asyncio.wait({job.result}, timeout=limit)
+        except asyncio.CancelledError:
+            job.abandon()
+            raise
+        if not job.result.done():
+            self.stop()
+        if not job.result.done():
+            job.abandon()
+            raise TimedOut(self._complaint(job, limit), step=job.name)
+        if job.result.cancelled():
+            raise GivenUp(f"{job.name} was not done: its request has ended")
+        return job.result.result()
+
+    def _complaint(self, job: Job, limit: float) -> str:
+        store, about = self._chain.store, job.about
+        where = "the host" if store == LOCAL_STORE else store
+        what = f"{job.name} of {describe(about) if about else 'the host'} did not finish in {limit:g}s"
+        if self._chain.worker is None:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
         return f"{what}: {where} does not answer; see to it, or delete what needs it"
-
-
-def _close_unclaimed(ended: asyncio.Task[Any]) -> None:
-    """Close the descriptor that comes when nobody waits for it any more: a root keeps its devices busy."""
-    if not ended.cancelled() and ended.exception() is None and isinstance(ended.result(), Descriptor):
-        os.close(ended.result())

@@ -91,8 +91,13 @@ class Ledger:
         except errors.Problem as problem:
             log.error("%s", problem.message)
 
+    def spare(self, record: AnyRecord) -> None:
+        """An object that was on its way out stays: on disk it lives all the time."""
+        record.phase = Phase.LIVE
+        self._wake(record.key)
+
     def drop(self, key: Key) -> None:
-        """Forget an object that is gone from the kernel."""
+        """Forget an object that is gone from the kernel. The ids to come are written before its own is gone."""
         self.graph.remove(key)
         try:
             self._store.save_counters(self.graph.counters())

@@ -1,4 +1,4 @@
-"""Worker processes, as the event loop sees them: a job goes out, a reply comes back, or does not.
+"""Worker processes, as the event loop sees them: jobs go out together, and a reply comes back for each, or does not.
 
 A job that hangs keeps its worker, and one of its store's places, until it returns; other stores are not touched by it.
 """
@@ -8,58 +8,157 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
 import socket
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from imageapi import errors
 from imageapi.engine import zygote
 from imageapi.engine.worker import MESSAGE, Descriptor, Reply
+from imageapi.records import AnyRecord, Record
 
 log = logging.getLogger(__name__)
 
 SO_SNDBUFFORCE = 32
 """SO_SNDBUF without its limit, for who has CAP_NET_ADMIN (socket(7)); the socket module does not have it."""
 PER_STORE = 8
-"""How many jobs one store may have under way: what a dead one can cost in processes."""
+"""How many chains of jobs one store may have under way: what a dead one can cost in processes."""
 IDLE = 4
-"""How many workers wait for the next job; more are started when needed, and end when done."""
+"""How many workers wait for the next jobs; more are started when needed, and end when done."""
+
+
+class Job:
+    """One call in a worker, and its `result`, which is cancelled when it will not be made."""
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def about(self) -> AnyRecord | None:
+        """The record that the job is done for."""
+        return self.arguments[0] if isinstance(self.arguments[0], Record) else None
+
+    def abandon(self) -> None:
+        """Nobody waits for the result any more: a descriptor is closed, a root keeps its devices busy."""
+        self.result.add_done_callback(_close_descriptor)
+
+
+def _close_descriptor(result: asyncio.Future[Any]) -> None:
+    if not result.cancelled() and result.exception() is None and isinstance(result.result(), Descriptor):
+        os.close(result.result())
+
+
+class Chain:
+    """Jobs of one store that one worker does in turn, each begun without waiting for us. One that fails ends it: what
+    follows is not done."""
+
+    def __init__(self, store: str, jobs: Sequence[Job]) -> None:
+        self.store = store
+        self.jobs = deque(jobs)
+        """Those without a reply yet, the one under way first."""
+        self.worker: _Worker | None = None
+        """None until one has begun: before that it can have had no effect."""
+
+    def settle(self, reply: Reply, descriptors: list[int]) -> None:
+        """Take the reply to the job under way."""
+        job = self.jobs.popleft()
+        try:
+            job.result.set_result(_result(job, reply, descriptors))
+        except errors.Problem as problem:
+            self.fail(job, problem)
+
+    def fail(self, job: Job, problem: Exception) -> None:
+        """A job has failed, and so none of those behind it is done."""
+        job.result.set_exception(problem)
+        job.result.exception()  # it may be that nobody asks
+        self.cancel_from(0)
+
+    def cancel_from(self, place: int) -> None:
+        """None of the jobs from `place` on is done."""
+        while len(self.jobs) > place:
+            self.jobs.pop().result.cancel()
+
+
+def _result(job: Job, reply: Reply, descriptors: list[int]) -> Any:
+    if reply.problem:
+        raise errors.from_dict(reply.problem)
+    if reply.bug:
+        log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
+        raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
+    return Descriptor(descriptors[0]) if descriptors else reply.result
 
 
 class _Worker:
-    """One worker process: it has ended when its end of the socket is closed."""
+    """One worker process: it has ended when its end of the socket is closed. `free` is called when it has done all it
+    was given, or has ended."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, free: Callable[[_Worker, Chain], None]) -> None:
         self._channel = channel
+        self._free = free
+        self._chain: Chain | None = None
+        self._leaving = False
+        self.ended = False
+        asyncio.get_running_loop().add_reader(channel, self._hear)
 
-    async def perform(self, job: bytes) -> tuple[Reply, list[int]]:
-        """Raises: ConnectionError, when the process has ended."""
-        self._channel.send(job)
-        await self._readable()
-        data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE, 1)
-        if not data:
-            raise ConnectionResetError("the worker process ended in the middle of its job")
-        reply: Reply = pickle.loads(data)
-        return reply, descriptors
-
-    async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._channel, self._arrive, arrived)
+    def begin(self, chain: Chain) -> None:
+        """Raises: OSError, when the process has ended."""
+        jobs = [(job.name, job.arguments) for job in chain.jobs]
         try:
-            await arrived
-        finally:
-            loop.remove_reader(self._channel)
+            self._channel.send(pickle.dumps(jobs, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            self.dismiss()
+            raise
+        self._chain, chain.worker = chain, self
 
-    @staticmethod
-    def _arrive(arrived: asyncio.Future[None]) -> None:
-        if not arrived.done():
-            arrived.set_result(None)
+    def give_up(self) -> None:
+        """Have it end after the job that it is doing now; those behind that are not done.
+
+        It looks for our end before it begins another job. So when there is no reply now that we have hung up, there
+        is none after the one that is due.
+        """
+        self._leaving = True
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_WR)
+        while self._hear():
+            pass
+        if self._chain is not None:
+            self._chain.cancel_from(1)
+
+    def _hear(self) -> bool:
+        """Take one reply; whether there was one."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE, 1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data, descriptors = b"", []
+        if data and self._chain is not None:
+            self._chain.settle(pickle.loads(data), descriptors)
+        else:
+            self.dismiss()
+        self._look()
+        return not self.ended
+
+    def _look(self) -> None:
+        chain = self._chain
+        if chain is None or (chain.jobs and not self.ended):
+            return
+        self._chain = None
+        if chain.jobs:
+            name = chain.jobs[0].name
+            lost = errors.Problem(f"{name}: the worker process ended in the middle of its job; ask again")
+            chain.fail(chain.jobs.popleft(), lost)
+        self._free(self, chain)
 
     def waits(self) -> bool:
-        """Whether the process lives, and waits for its next job."""
+        """Whether the process lives, and waits for its next jobs."""
+        if self.ended or self._leaving:
+            return False
         try:
             self._channel.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -69,17 +168,11 @@ class _Worker:
         return False
 
     def dismiss(self) -> None:
-        self._channel.close()
-
-
-class Job:
-    """One call under way. `started` tells whether a worker has it: only then can it have had an effect."""
-
-    def __init__(self, store: str, name: str, *arguments: Any) -> None:
-        self.store = store
-        self.name = name
-        self.arguments = arguments
-        self.started = False
+        """Let it end; it may have."""
+        if not self.ended:
+            self.ended = True
+            asyncio.get_running_loop().remove_reader(self._channel)
+            self._channel.close()
 
 
 class Pool:
@@ -92,25 +185,21 @@ class Pool:
         self.lost = False
         asyncio.get_running_loop().add_reader(control, self._hang_up)
         self._idle: list[_Worker] = []
-        self._places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(PER_STORE))
+        self._busy: defaultdict[str, set[Chain]] = defaultdict(set)
+        self._queues: defaultdict[str, deque[Chain]] = defaultdict(deque)
 
-    async def perform(self, job: Job) -> Any:
-        """The job's result; a descriptor is the caller's to close.
+    def submit(self, chain: Chain) -> None:
+        """Have the jobs done as soon as their store has a place. A descriptor is the caller's to close."""
+        self._queues[chain.store].append(chain)
+        self._go_on(chain.store)
 
-        Raises: errors.Problem as the job raised it.
-        """
-        async with self._places[job.store]:
-            worker = self._take_worker(job)
-            job.started = True
-            try:
-                reply, descriptors = await worker.perform(pickle.dumps((job.name, job.arguments)))
-            except BaseException as error:
-                worker.dismiss()
-                if isinstance(error, ConnectionError):
-                    raise errors.Problem(f"{job.name}: {error}; ask again") from error
-                raise
-            self._give_back(worker)
-            return self._result(job, reply, descriptors)
+    def give_up(self, chain: Chain) -> None:
+        """Have no job begun any more. The one under way, if there is one, still ends in its own time."""
+        if chain.worker is not None:
+            chain.worker.give_up()
+        elif chain in (queue := self._queues[chain.store]):
+            queue.remove(chain)
+            chain.cancel_from(0)
 
     def start_supervisor(self) -> None:
         """Have the supervisor forked; it ends at once where another one lives."""
@@ -133,17 +222,26 @@ class Pool:
     def _stop_listening(self) -> None:
         asyncio.get_running_loop().remove_reader(self._control)
 
-    def _take_worker(self, job: Job) -> _Worker:
-        """One that waits, or a new one. Raises: errors.Problem, when there can be none."""
+    def _go_on(self, store: str) -> None:
+        busy, queue = self._busy[store], self._queues[store]
+        while queue and len(busy) < PER_STORE:
+            chain = queue.popleft()
+            try:
+                self._take_worker().begin(chain)
+            except OSError as error:
+                job = chain.jobs.popleft()
+                chain.fail(job, errors.from_oserror(error, f"starting a worker process to {job.name}"))
+            else:
+                busy.add(chain)
+
+    def _take_worker(self) -> _Worker:
+        """One that waits, or a new one. Raises: OSError, when there can be none."""
         while self._idle:
             worker = self._idle.pop()
             if worker.waits():
                 return worker
             worker.dismiss()
-        try:
-            return self._new_worker()
-        except OSError as error:
-            raise errors.from_oserror(error, f"starting a worker process to {job.name}") from error
+        return self._new_worker()
 
     def _new_worker(self) -> _Worker:
         with contextlib.ExitStack() as undo:
@@ -154,19 +252,13 @@ class Pool:
             ours.setblocking(False)
             undo.pop_all()
         theirs.close()
-        return _Worker(ours)
+        return _Worker(ours, self._free)
 
-    def _give_back(self, worker: _Worker) -> None:
-        if len(self._idle) < IDLE:
+    def _free(self, worker: _Worker, chain: Chain) -> None:
+        """A worker has done its jobs, or has ended over them."""
+        self._busy[chain.store].discard(chain)
+        if len(self._idle) < IDLE and worker.waits():
             self._idle.append(worker)
         else:
             worker.dismiss()
-
-    @staticmethod
-    def _result(job: Job, reply: Reply, descriptors: list[int]) -> Any:
-        if reply.problem:
-            raise errors.from_dict(reply.problem)
-        if reply.bug:
-            log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
-            raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
-        return Descriptor(descriptors[0]) if descriptors else reply.result
+        self._go_on(chain.store)

@@ -57,13 +57,14 @@ class Reconciler:
         directories may have outlived it."""
         self._graph.count_on(self._store.counters())
         for record in self._store.load():
-            if record.boot_id != self._boot_id:
+            unfinished = record.phase in (Phase.PLANNED, Phase.ACQUIRING)
+            if unfinished or record.boot_id != self._boot_id:
                 record.pinned = False
                 record.phase = Phase.ACQUIRING
             elif record.phase is Phase.RELEASING:
                 record.phase = Phase.LIVE
                 record.pinned = False
-            self._graph.add(record)
+            self._graph.add(record, hidden=unfinished)
         for record in self._graph.all():
             if not self._still_wrong(record):
                 record.problem = None
@@ -111,7 +112,7 @@ class Reconciler:
         keys = {record.key for record in records}
         tokens = {record.token for record in records}
         try:
-            removed = await self._jobs.run(None, Job(LOCAL_STORE, "sweep", keys, tokens))
+            removed = await self._jobs.run(LOCAL_STORE, Job("sweep", keys, tokens))
         except Problem as problem:
             log.error("what is left without a record is not swept: %s", problem.message)
             return

@@ -1,7 +1,9 @@
 """What a worker process does: one job after another, each a function of this module that may block.
 
 A job is a name and its arguments; its reply is a result, a problem to be told, or the trace of a bug, and perhaps one
-descriptor. Both are pickled: the two ends are one program, over a socket that nobody else can reach.
+descriptor. Both are pickled: the two ends are one program, over a socket that nobody else can reach. Jobs that come
+together are done in turn, each with its reply; what an earlier one learnt of a record, a later one sees, since in one
+message a record is one object.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from imageapi import errors
@@ -40,14 +43,30 @@ class Descriptor(int):
 def serve(channel: socket.socket, site: Site) -> None:
     """Do the jobs that come over `channel` until the other end is gone."""
     os.umask(0o022)
-    while job := channel.recv(MESSAGE):
-        name, arguments = pickle.loads(job)
-        reply = _perform(name, arguments, site)
-        if isinstance(reply.result, Descriptor):
-            socket.send_fds(channel, [pickle.dumps(Reply())], [reply.result])
-            os.close(reply.result)
-        else:
-            channel.send(pickle.dumps(reply))
+    while jobs := channel.recv(MESSAGE):
+        for name, arguments in pickle.loads(jobs):
+            if _given_up(channel):
+                return
+            reply = _perform(name, arguments, site)
+            _send(channel, reply)
+            if reply.problem or reply.bug:
+                break
+
+
+def _given_up(channel: socket.socket) -> bool:
+    """Whether the other end has hung up, and no job is to be begun any more."""
+    try:
+        return not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+
+
+def _send(channel: socket.socket, reply: Reply) -> None:
+    if isinstance(reply.result, Descriptor):
+        socket.send_fds(channel, [pickle.dumps(Reply())], [reply.result])
+        os.close(reply.result)
+    else:
+        channel.send(pickle.dumps(reply))
 
 
 def _perform(name: str, arguments: Sequence[Any], site: Site) -> Reply:
@@ -76,7 +95,8 @@ def _explain(error: OSError, name: str, arguments: Sequence[Any]) -> errors.Prob
 
 
 def acquire(site: Site, record: AnyRecord, inputs: Sequence[AnyRecord]) -> Facts:
-    return driver(record.key.collection, record.kind).acquire(record, inputs, site)
+    record.facts = driver(record.key.collection, record.kind).acquire(record, inputs, site)
+    return record.facts
 
 
 def release(site: Site, record: AnyRecord) -> None:
@@ -87,18 +107,21 @@ def observe(site: Site, record: AnyRecord) -> Facts | None:
     return driver(record.key.collection, record.kind).observe(record, site)
 
 
-def open_root(site: Site, mountpoint: str, argv: list[str], container: int, logfile: str) -> Descriptor:
-    """A private, detached copy of the tree at `mountpoint`, in which `argv` can be executed.
+def open_root(site: Site, container: AnyRecord, on: AnyRecord, argv: list[str], told: Sequence[str]) -> Descriptor:
+    """A private, detached copy of the tree of the mount `on`, in which `argv` can be executed. The container's log
+    begins with the lines `told`.
 
     Raises: errors.Invalid, when it cannot, with the reason.
     """
-    who = f"container({container})"
-    logs.append(logfile, who, "validating image")
+    assert container.run is not None, "it is prepared"
+    assert on.facts.mountpoint is not None, "it is mounted"
+    log = partial(logs.append, container.run.logfile, f"container({container.id})")
+    log(*told, "validating image")
     flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | libc.AT_RECURSIVE
-    root = mount.open_tree(libc.AT_FDCWD, mountpoint, flags)
+    root = mount.open_tree(libc.AT_FDCWD, on.facts.mountpoint, flags)
     try:
         mount.mount_setattr(root, "", propagation=mount.MS_PRIVATE, recursive=True)
-        logs.append(logfile, who, "validating init")
+        log("validating init")
         command.validate(root, argv)
     except BaseException:
         os.close(root)

@@ -11,6 +11,7 @@ import os
 import shlex
 import stat
 import struct
+from functools import lru_cache
 from typing import NoReturn
 
 from imageapi.errors import Exhausted, Invalid, Problem, from_oserror
@@ -45,6 +46,11 @@ def split(command: str) -> list[str]:
 
     Raises: errors.Invalid.
     """
+    return list(_words(command))
+
+
+@lru_cache(maxsize=256)
+def _words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError:

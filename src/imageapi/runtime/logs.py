@@ -6,10 +6,13 @@ the time zone's file is out of sight, time.localtime() must have been called bef
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
 MODE = 0o640
+OLDER = ".1"
+"""What is added to the name of a log that has grown too large, in place of the last one of that name."""
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -24,10 +27,17 @@ def open_log(path: str, directory: int | None = None) -> int:
     return os.open(path, FLAGS, MODE, dir_fd=directory)
 
 
-def append(path: str, who: str, text: str) -> None:
-    """Write one line. `who` is `container(<id>)` or `init`. Raises: OSError."""
+def append(path: str, who: str, *texts: str) -> None:
+    """Write lines. `who` is `container(<id>)` or `init`. Raises: OSError."""
     log = open_log(path)
     try:
-        os.write(log, line(who, text))
+        os.write(log, b"".join(line(who, text) for text in texts))
     finally:
         os.close(log)
+
+
+def remove(path: str) -> None:
+    """Remove a log, and its older part; one that is gone is no error."""
+    for name in (path, path + OLDER):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)

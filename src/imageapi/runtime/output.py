@@ -14,7 +14,7 @@ from collections.abc import Container
 from imageapi.runtime import logs
 
 LIMIT = 16 << 20
-"""A log that has grown to so many bytes becomes `<log>.1`, in place of the last one of that name."""
+"""A log that has grown to so many bytes becomes `<log>.1` (logs.OLDER)."""
 CHUNK = 64 << 10
 """A pipe's size by default (pipe(7)), in bytes: the most that one read of it gives."""
 SUFFIX = ".out"
@@ -93,4 +93,4 @@ def _write(directory: int, logfile: str, data: bytes) -> None:
     finally:
         os.close(log)
     if full:
-        os.rename(logfile, f"{logfile}.1", src_dir_fd=directory, dst_dir_fd=directory)
+        os.rename(logfile, logfile + logs.OLDER, src_dir_fd=directory, dst_dir_fd=directory)
