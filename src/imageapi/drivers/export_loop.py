@@ -1,9 +1,10 @@
 """The loop device on a storage daemon's file.
 
 It carries our mark, but is not looked for by it: LOOP_GET_STATUS64 asks the file for its attributes, which fails once
-the daemon is dead and hangs while it hangs. sysfs names the file without touching it. A daemon that ended by itself
-took its mount along, and sysfs then shows `/`; for that case the device is noted beside the file, with the kernel's
-sequence number (diskseq, Linux 5.15), which is never given twice.
+the daemon is dead and hangs while it hangs. sysfs names the file without touching it. The device is noted beside the
+file, with the kernel's sequence number (diskseq, Linux 5.15), which is never given twice: so a host's other devices
+need not be gone through, and it is known also when sysfs shows `/`, because a daemon that ended by itself took its
+mount along.
 """
 
 from __future__ import annotations
@@ -36,22 +37,24 @@ def attach(site: Site, key: Key, *, read_only: bool) -> str:
 
 
 def find(site: Site, key: Key) -> str | None:
-    """The device that stands on the file of `key`."""
+    """The device that stands on the file of `key`. A caller that was killed may not have noted it: then all are
+    looked at."""
     file = mountinfo.place(export_path(site, key))
-    for name in _loops():
-        if _sysfs(name, "loop/backing_file") == file:
-            return f"/dev/{name}"
-    return _noted(site, key)
+    noted = _noted(private_path(site, key, NOTE), file)
+    unnoted = (name for name in _loops() if _sysfs(name, "loop/backing_file") == file)
+    name = noted or next(unnoted, None)
+    return None if name is None else f"/dev/{name}"
 
 
-def _noted(site: Site, key: Key) -> str | None:
+def _noted(note: str, file: str) -> str | None:
     try:
-        with open(private_path(site, key, NOTE), encoding="ascii") as note:
-            name, _, sequence = note.read().partition(" ")
+        with open(note, encoding="ascii") as opened:
+            name, _, sequence = opened.read().partition(" ")
     except FileNotFoundError:
         return None
-    still_there = _sysfs(name, "loop/backing_file") == "/" and _sysfs(name, "diskseq") == sequence
-    return f"/dev/{name}" if still_there else None
+    backing = _sysfs(name, "loop/backing_file")
+    still_there = backing == file or (backing == "/" and _sysfs(name, "diskseq") == sequence)
+    return name if still_there else None
 
 
 def _loops() -> list[str]:
