@@ -53,7 +53,7 @@ def stranger(tmp_path: Path) -> Iterator[str]:
     file = tmp_path / "strange"
     file.write_bytes(bytes(1 << 20))
     descriptor = os.open(file, os.O_RDWR)
-    device = loop.attach(descriptor, "imageapi:00000000:attach/0", read_only=False)
+    device, _ = loop.attach(descriptor, "imageapi:00000000:attach/0", read_only=False)
     os.close(descriptor)
     yield device
     loop.detach(device)

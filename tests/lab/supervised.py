@@ -226,7 +226,7 @@ def squashfs(image: Path, target: Path) -> Iterator[Path]:
     """An image mounted read-only. Not by `mount -o loop`, which asks every loop device of the machine, and waits for
     those whose store another test has stopped."""
     with open(image, "rb") as file:
-        device = loop.attach(file.fileno(), str(target), read_only=True)
+        device, _ = loop.attach(file.fileno(), str(target), read_only=True)
     try:
         with mounted(target, "-t", "squashfs", "-o", "ro", device) as mountpoint:
             yield mountpoint

@@ -31,7 +31,7 @@ def attach(undo: ExitStack) -> Attach:
     def attach(file: Path | None = None, name: str = "test", *, read_only: bool = True, **options: Any) -> str:
         fd = os.open(file or images.small_image("squashfs"), os.O_RDONLY if read_only else os.O_RDWR)
         try:
-            device = loop.attach(fd, name, read_only=read_only, **options)
+            device, _ = loop.attach(fd, name, read_only=read_only, **options)
         finally:
             os.close(fd)
         undo.callback(loop.detach, device)

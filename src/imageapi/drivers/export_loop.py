@@ -27,7 +27,7 @@ def attach(site: Site, key: Key, *, read_only: bool) -> str:
     """
     file = os.open(export_path(site, key), (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        device = loop.attach(file, site.mark(key), read_only=read_only)
+        device, _ = loop.attach(file, site.mark(key), read_only=read_only)
     finally:
         os.close(file)
     name = os.path.basename(device)

@@ -9,7 +9,8 @@ from imageapi.errors import Conflict
 from imageapi.linux import users
 
 GRACE = 0.3
-"""Seconds."""
+FIRST_PAUSE = 0.0005
+"""Seconds; each pause is twice as long as the last."""
 _NAMED = 3
 """How many a sentence names; the field `holders` has all."""
 
@@ -18,10 +19,12 @@ def until(condition: Callable[[], bool]) -> bool:
     """Whether `condition` comes true within the time that the kernel takes to finish what a process left when it
     ended: the mounts of a namespace go in a work queue, after its last process is gone."""
     deadline = time.monotonic() + GRACE
+    pause = FIRST_PAUSE
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause *= 2
     return True
 
 

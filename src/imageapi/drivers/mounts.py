@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import holders
 from imageapi.errors import Conflict
-from imageapi.linux import mount, mountinfo, users
+from imageapi.linux import mount, mountid, mountinfo, users, ustat
 from imageapi.linux.mountinfo import Mount
 from imageapi.linux.tree import remove_tree
-from imageapi.records import AnyRecord
+from imageapi.records import AnyRecord, Facts
 
 
 def make_directory(undo: ExitStack, path: str) -> str:
@@ -39,12 +41,36 @@ def find(record: AnyRecord, site: Site) -> Mount | None:
     return stack[0] if stack and _is_ours(record, stack[0]) else None
 
 
-def standing(record: AnyRecord, site: Site) -> Mount:
-    """The record's mount, just made. Raises: OSError when another program was quick to unmount it."""
+def made(record: AnyRecord, site: Site) -> dict[str, Any]:
+    """How the record's mount, just made, is known again: for the `detail` of its facts. `dev` is the file system's,
+    `mount` its number, where the kernel has such numbers.
+
+    Raises: OSError when another program was quick to unmount it.
+    """
+    path = site.mountpoint(record.token)
+    number = mountid.at(path)
+    known = None if number is None else mountid.look(number)
+    if known is not None:
+        return {"dev": known.dev, "mount": number}
     found = find(record, site)
     if found is None:
-        raise OSError(errno.ENOENT, "another program has unmounted it again", site.mountpoint(record.token))
-    return found
+        raise OSError(errno.ENOENT, "another program has unmounted it again", path)
+    return {"dev": found.dev}
+
+
+def stands(record: AnyRecord, site: Site) -> bool:
+    """Whether the record's mount stands where it was made. A kernel without mount numbers is asked by `find`."""
+    number: int | None = record.facts.detail.get("mount")
+    known = None if number is None else mountid.look(number)
+    return known is not None and known.mountpoint == mountinfo.place(site.mountpoint(record.token))
+
+
+def observe(record: AnyRecord, site: Site, facts: Callable[[Mount], Facts]) -> Facts | None:
+    """What stands of the record's mount: its own facts, or those of what was found; None when it is gone."""
+    if stands(record, site):
+        return record.facts
+    found = find(record, site)
+    return None if found is None else facts(found)
 
 
 def _is_ours(record: AnyRecord, lowest: Mount) -> bool:
@@ -58,6 +84,15 @@ def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
     Raises: errors.Conflict naming who is in the way; nothing has changed then.
     """
     path = site.mountpoint(record.token)
+    if stands(record, site) and not mountid.bears_others(record.facts.detail["mount"]):
+        _umount(path, path)
+    else:
+        _release_stack(record, path, with_inner=with_inner)
+    _remove_mountpoint(path)
+
+
+def _release_stack(record: AnyRecord, path: str, *, with_inner: bool) -> None:
+    """Unmount what lies at `path` and belongs to the record, if anything does: mountinfo tells all there is."""
     mounts = mountinfo.read(mention=mountinfo.place(path))
     stack = mountinfo.stack(path, mounts)
     if stack:
@@ -66,7 +101,6 @@ def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
         _check_inner(path, inner, with_inner=with_inner)
         for each in (*inner, stack[0]):
             _umount(path, each.mountpoint)
-    _remove_mountpoint(path)
 
 
 def _check_top(record: AnyRecord, path: str, stack: list[Mount]) -> None:
@@ -120,9 +154,10 @@ def _remove_mountpoint(path: str) -> None:
         raise
 
 
-def check_gone(what: str, source: str) -> None:
-    """Raises: errors.Conflict while another mount namespace has a mount of `source`: the file system is still up."""
-    if not holders.until(lambda: not elsewhere(source)):
+def check_gone(what: str, source: str, dev: str | None) -> None:
+    """Raises: errors.Conflict while another mount namespace has a mount of `source`: the file system is still up.
+    `dev`, its st_dev where that is known, spares the search of all namespaces."""
+    if not holders.until(lambda: (dev is not None and ustat.is_up(dev) is False) or not elsewhere(source)):
         raise holders.busy(what, elsewhere(source))
 
 

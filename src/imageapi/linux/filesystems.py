@@ -7,6 +7,9 @@ import os
 
 from imageapi.linux import mount
 
+_seen: dict[str, bool] = {}
+"""What `needs_device` has found. A module that is unloaded is loaded again by the kernel when it is needed."""
+
 
 def known() -> dict[str, bool]:
     """The registered types, and whether each needs a block device (proc_filesystems(5))."""
@@ -18,9 +21,10 @@ def known() -> dict[str, bool]:
 def needs_device(fstype: str) -> bool | None:
     """Whether `fstype` needs a block device; None when the kernel has no such type, nor a module for it: asking by
     fsopen(2) makes the kernel load one."""
-    found = known().get(fstype)
-    if found is None:
+    if fstype not in _seen:
+        _seen.update(known())
+    if fstype not in _seen:
         with contextlib.suppress(OSError):
             os.close(mount.fsopen(fstype))
-            found = known().get(fstype)
-    return found
+            _seen.update(known())
+    return _seen.get(fstype)

@@ -24,8 +24,11 @@ SYS_pidfd_open = 434
 SYS_clone3 = 435
 SYS_openat2 = 437
 SYS_mount_setattr = 442
+SYS_statmount = 457
+SYS_listmount = 458
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
 SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
+SYS_ustat = {"x86_64": 136}.get(os.uname().machine, -1)
 """-1 elsewhere, which the kernel answers with ENOSYS."""
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +44,8 @@ libc.unshare.argtypes = (ctypes.c_int,)
 libc.unshare.restype = ctypes.c_int
 libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 libc.setns.restype = ctypes.c_int
+libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+libc.statx.restype = ctypes.c_int
 libc.syscall.restype = ctypes.c_long
 
 

@@ -78,9 +78,9 @@ def attach(
     direct_io: bool = True,
     partitions: bool = False,
     autoclear: bool = False,
-) -> str:
-    """Attach the open file `fd` to a free loop device, in one step that nobody sees half done, and return its path.
-    Where the file or its file system cannot do direct I/O it is buffered.
+) -> tuple[str, Status]:
+    """Attach the open file `fd` to a free loop device, in one step that nobody sees half done: its path, and what it
+    is now. Where the file or its file system cannot do direct I/O it is buffered.
 
     Raises: OSError; EBUSY when other programs took every device we were offered.
     """
@@ -88,13 +88,7 @@ def attach(
     flags |= LO_FLAGS_DIRECT_IO * direct_io
     info = _INFO.pack(*(0,) * 8, flags, _name(name), b"", b"", 0, 0)
     config = _CONFIG.pack(fd, block_size, info, *(0,) * 8)
-    device = _configure_free(config, os.O_RDONLY if read_only else os.O_RDWR)
-    try:
-        _verify(device, name, fd)
-    except OSError:
-        detach(device, name)
-        raise
-    return device
+    return _configure_free(fd, config, os.O_RDONLY if read_only else os.O_RDWR)
 
 
 def _name(name: str) -> bytes:
@@ -104,20 +98,31 @@ def _name(name: str) -> bytes:
     return encoded
 
 
-def _configure_free(config: bytes, mode: int) -> str:
+def _configure_free(file: int, config: bytes, mode: int) -> tuple[str, Status]:
     """LOOP_CONFIGURE the device that LOOP_CTL_GET_FREE offers. Others are offered the same one, so whoever comes
     second (EBUSY) asks again. One that somebody keeps open exclusively is offered for ever, so then one is added."""
     for attempt in range(_ATTEMPTS):
         device = _free_device(add=attempt > _ATTEMPTS // 2)
         try:
             with _opened(device, mode) as fd:
-                fcntl.ioctl(fd, LOOP_CONFIGURE, config)
-            return device
+                return device, _configure(fd, file, config)
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
                 raise
             time.sleep(attempt / 10_000)
     raise OSError(errno.EBUSY, "every loop device offered was taken by another program", "/dev/loop-control")
+
+
+def _configure(device: int, file: int, config: bytes) -> Status:
+    fcntl.ioctl(device, LOOP_CONFIGURE, config)
+    try:
+        state, found = _status(device), os.fstat(file)
+        if state.backing != (found.st_dev, found.st_ino):
+            raise OSError(errno.EIO, "the loop device is not what it was made")
+    except OSError:
+        fcntl.ioctl(device, LOOP_CLR_FD)
+        raise
+    return state
 
 
 def _free_device(*, add: bool) -> str:
@@ -149,13 +154,6 @@ def _node(number: int) -> str:
     if not stat.S_ISBLK(found.st_mode) or found.st_rdev != device:
         raise OSError(errno.ENODEV, f"not the node of block device {LOOP_MAJOR}:{number}", path)
     return path
-
-
-def _verify(device: str, name: str, fd: int) -> None:
-    file = os.fstat(fd)
-    found = status(device)
-    if found is None or found.name != name or found.backing != (file.st_dev, file.st_ino):
-        raise OSError(errno.EIO, "the loop device is not what it was made", device)
 
 
 def status(device: str) -> Status | None:

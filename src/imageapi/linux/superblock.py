@@ -127,6 +127,11 @@ def _block(fd: int, name: str) -> int:
     return 1 << os.pread(fd, 1, 1024 + 12)[0] if name == "erofs" else 4096
 
 
+CHECKED_BY_KERNEL = frozenset({"squashfs"})
+"""Types whose own driver refuses every superblock that is not its own, or that needs more than there is: `check` need
+only explain. The others mount a truncated image, some of them."""
+
+
 def check(fd: int, wanted: str) -> str | None:
     """What is wrong with `fd` (a file or device) as a file system of type `wanted`: a sentence; None when nothing
     is, or nothing can be said about that type.

@@ -33,21 +33,22 @@ class Driver(LocalDriver):
             _check_file(definition.path, found)
             file, read_only = _open(path, read_only=definition.ro)
             opened.callback(os.close, file)
-            device = _attach(file, mark, definition, read_only=read_only)
+            device, state = _attach(file, mark, definition, read_only=read_only)
             undo.callback(loop.detach, device, mark)
-            facts = _facts(device)
+            facts = _facts(device, state)
+            facts.detail["cut"] = found.st_size % superblock.SECTOR
             undo.pop_all()
-        facts.detail["cut"] = found.st_size % superblock.SECTOR
         return facts
 
     def release(self, record: AnyRecord, site: Site) -> None:
-        device = _find(record, site)
+        device = record.facts.device_file or _find(record, site)
         if device is not None:
             block.detach_loop(device, site.mark(record.key))
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = _find(record, site)
-        return None if device is None else _facts(device)
+        state = None if device is None else loop.status(device)
+        return None if device is None or state is None else _facts(device, state)
 
 
 def _find(record: AnyRecord, site: Site) -> str | None:
@@ -59,12 +60,9 @@ def _find(record: AnyRecord, site: Site) -> str | None:
     return block.marked(mark).get(mark)
 
 
-def _facts(device: str) -> Facts:
+def _facts(device: str, state: loop.Status) -> Facts:
     """`read_only` is the device's, which may be so where the definition is not; `backing` the file's st_dev and
     st_ino."""
-    state = loop.status(device)
-    if state is None:
-        raise OSError(errno.ENXIO, "the loop device was detached by another program", device)
     return Facts(device_file=device, detail={"read_only": state.read_only, "backing": list(state.backing)})
 
 
@@ -95,7 +93,7 @@ def _open(path: int, *, read_only: bool) -> tuple[int, bool]:
     return reopen(path, os.O_RDONLY), True
 
 
-def _attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> str:
+def _attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> tuple[str, loop.Status]:
     partitions = definition.readPartitions
     block_size = superblock.SECTOR if partitions else superblock.block_size(file)
     try:

@@ -33,26 +33,26 @@ class Driver(LocalDriver):
             raise Invalid(f"{on.key} has no block device", path="$.attach")
         _check_type(definition.fs_type)
         flags, data = mount.split_options(definition.mount_options)
-        read_only = _examine(device, definition.fs_type) or driver("attach", on.kind).read_only(on.definition)
+        if definition.fs_type not in superblock.CHECKED_BY_KERNEL:
+            _check_content(device, definition.fs_type)
+        read_only = driver("attach", on.kind).read_only(on.definition) or _is_read_only(device)
         flags |= mount.MS_NODEV | mount.MS_RDONLY * read_only
         with ExitStack() as undo:
             path = mounts.make_directory(undo, site.mountpoint(record.token))
             _mount(device, path, definition, flags, data)
             undo.callback(mount.umount, path)
-            facts = _facts(path, mounts.standing(record, site))
+            detail = {**mounts.made(record, site), "device": device}
             undo.pop_all()
-        return facts
+        return Facts(mountpoint=path, detail=detail)
 
     def release(self, record: AnyRecord, site: Site) -> None:
-        standing = mounts.find(record, site)
-        device = standing.source if standing else _device_of(record)
+        device = _device_of(record, site)
         mounts.release(record, site)
         if device is not None:
             _check_let_go(device)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        found = mounts.find(record, site)
-        return None if found is None else _facts(site.mountpoint(record.token), found)
+        return mounts.observe(record, site, lambda found: _facts(site.mountpoint(record.token), found))
 
     def read_only(self, definition: Attach) -> bool:
         """A reference says nothing of its attachment: then only the options count."""
@@ -80,23 +80,38 @@ def _check_type(fs_type: str) -> None:
         raise Invalid(f"'{fs_type}' is no file system of block devices", path="$.fs_type")
 
 
-def _examine(device: str, fs_type: str) -> bool:
-    """Whether `device` is read-only. Raises: errors.Invalid when it holds no such file system."""
+def _check_content(device: str, fs_type: str) -> None:
+    """Raises: errors.Invalid when the device holds no such file system."""
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         wrong = superblock.check(fd, fs_type)
-        read_only = bool(int.from_bytes(fcntl.ioctl(fd, BLKROGET, bytes(4)), "little"))
     finally:
         os.close(fd)
     if wrong:
         raise Invalid(f"{device} cannot be mounted as {fs_type}: {wrong}", path="$.fs_type")
-    return read_only
+
+
+def _is_read_only(device: str) -> bool:
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return bool(int.from_bytes(fcntl.ioctl(fd, BLKROGET, bytes(4)), "little"))
+    finally:
+        os.close(fd)
 
 
 # -------------------------------------------------------------------------------------------------- the mount
 
 
 def _mount(device: str, path: str, definition: Attach, flags: int, data: list[str]) -> None:
+    try:
+        mount.mount(device, path, definition.fs_type, flags, ",".join(data))
+    except OSError:
+        _check_content(device, definition.fs_type)
+        _mount_again(device, path, definition, flags, data)
+
+
+def _mount_again(device: str, path: str, definition: Attach, flags: int, data: list[str]) -> None:
+    """The same, with an ear to what the kernel says of it: listening costs half as much as a mount."""
     with kmsg.Tail() as log:
         try:
             mount.mount(device, path, definition.fs_type, flags, ",".join(data))
@@ -164,17 +179,22 @@ def _refused_options(device: str, definition: Attach, flags: int, data: list[str
 # -------------------------------------------------------------------------------------------------- the release
 
 
-def _device_of(record: AnyRecord) -> str | None:
-    """The device a mount that is gone already was of: for it must be let go too. Another boot's is another device."""
+def _device_of(record: AnyRecord, site: Site) -> str | None:
+    """The device that the mount is of. One that is gone already must let its device go, too; but another boot's is
+    another device."""
+    device: str | None = record.facts.detail.get("device")
+    if mounts.stands(record, site):
+        return device
+    if standing := mounts.find(record, site):
+        return standing.source
     with open(_BOOT_ID) as file:
         boot_id = file.read().strip()
-    device: str | None = record.facts.detail.get("device")
     return device if record.boot_id in ("", boot_id) else None
 
 
 def _check_let_go(device: str) -> None:
     """Raises: errors.Conflict while the file system is up without any mount here: a copy in another mount namespace,
     a detached tree or an overlay holds it. Another mount of it here is no leftover of ours."""
-    if _mounted_at(device) or holders.until(lambda: loop.is_free(device)):
+    if loop.is_free(device) or _mounted_at(device) or holders.until(lambda: loop.is_free(device)):
         return
     raise holders.busy(f"the file system on {device}", [*mounts.elsewhere(device), *users.using(device)])

@@ -14,7 +14,7 @@ from imageapi.drivers import mounts
 from imageapi.drivers.base import LocalDriver
 from imageapi.drivers.paths import open_path
 from imageapi.errors import Invalid
-from imageapi.linux import libc, mount
+from imageapi.linux import libc, mount, mountinfo
 from imageapi.linux.mountinfo import Mount
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Bind
@@ -34,18 +34,15 @@ class Driver(LocalDriver):
             path = mounts.make_directory(undo, site.mountpoint(record.token))
             mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
             undo.callback(self.release, record, site)
-            found = mounts.standing(record, site)
-            facts = _facts(record, site, found)
-            facts.detail["depth"] = _depth(found, inputs)
+            detail = {**mounts.made(record, site), "depth": _depth(path, inputs)}
             undo.pop_all()
-        return facts
+        return Facts(mountpoint=path, detail=detail)
 
     def release(self, record: AnyRecord, site: Site) -> None:
         mounts.release(record, site, with_inner=record.definition.recursive)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        found = mounts.find(record, site)
-        return None if found is None else _facts(record, site, found)
+        return mounts.observe(record, site, lambda found: _facts(record, site, found))
 
 
 def _facts(record: AnyRecord, site: Site, found: Mount) -> Facts:
@@ -53,9 +50,10 @@ def _facts(record: AnyRecord, site: Site, found: Mount) -> Facts:
     return Facts(mountpoint=site.mountpoint(record.token), detail=detail)
 
 
-def _depth(found: Mount, inputs: Sequence[AnyRecord]) -> int:
+def _depth(path: str, inputs: Sequence[AnyRecord]) -> int:
     """How many overlays lie on one another in what is bound; one, where it is an overlay that is not ours."""
-    if found.fstype != "overlay":
+    found = mountinfo.at(path)
+    if found is None or found.fstype != "overlay":
         return 0
     return max([1, *(int(each.facts.detail.get("depth", 0)) for each in inputs)])
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
@@ -38,32 +39,34 @@ class Driver(LocalDriver):
             _look_like(upper, lowers[0])
             _mount(site.mark(record.key), path, lowers, upper, work)
             undo.callback(mount.umount, path)
-            facts = _facts(record, site, mounts.standing(record, site))
-            facts.detail["depth"] = _depth(inputs)
+            detail = {**mounts.made(record, site), "depth": _depth(inputs)}
             undo.pop_all()
-        return facts
+        return _facts(record, site, detail)
 
     def release(self, record: AnyRecord, site: Site) -> None:
         mounts.release(record, site)
-        mounts.check_gone(f"the overlay {record.key}", site.mark(record.key))
+        mounts.check_gone(f"the overlay {record.key}", site.mark(record.key), record.facts.detail.get("dev"))
         for path in (site.upperdir(record.token), site.workdir(record.token)):
             _remove(path)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        found = mounts.find(record, site)
-        return None if found is None else _facts(record, site, found)
+        return mounts.observe(record, site, lambda found: _facts(record, site, _observed(record, found)))
 
     def read_only(self, definition: Overlay) -> bool:
         return False
 
 
-def _facts(record: AnyRecord, site: Site, found: Mount) -> Facts:
+def _facts(record: AnyRecord, site: Site, detail: dict[str, Any]) -> Facts:
     return Facts(
         mountpoint=site.mountpoint(record.token),
         upperdir=site.upperdir(record.token),
         workdir=site.workdir(record.token),
-        detail={"dev": found.dev, "depth": record.facts.detail.get("depth", 1)},
+        detail=detail,
     )
+
+
+def _observed(record: AnyRecord, found: Mount) -> dict[str, Any]:
+    return {"dev": found.dev, "depth": record.facts.detail.get("depth", 1)}
 
 
 # --------------------------------------------------------------------------------------------- before the mount
@@ -122,6 +125,17 @@ def _look_like(upper: str, lower: str) -> None:
 
 
 def _mount(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
+    try:
+        _mount_either_way(source, path, lowers, upper, work)
+    except OSError:
+        _mount_again(source, path, lowers, upper, work)
+
+
+def _mount_again(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
+    """The same, with an ear to what the kernel says of it: listening costs half as much as a mount. The work
+    directory is made anew: one that has been tried with `volatile` is refused for that."""
+    remove_tree(work)
+    os.mkdir(work, 0o755)
     with kmsg.Tail() as log:
         try:
             _mount_either_way(source, path, lowers, upper, work)
