@@ -20,10 +20,10 @@ import pytest
 from drivers import interruptions
 from imageapi import errors, records
 from imageapi.config import Site
-from imageapi.drivers import storage_daemon
+from imageapi.drivers import export_loop, storage_daemon
 from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import daemon
-from imageapi.drivers.qmp import Deadline, conversation, descriptor
+from imageapi.drivers.qmp import Deadline, Qmp, conversation, descriptor
 from imageapi.linux import loop, mount
 from imageapi.records import AnyRecord, Record
 from imageapi.spec import MASK, Attachment, Rbd, RbdOptions, Secret
@@ -119,6 +119,19 @@ def daemons(site: Site) -> dict[str, int]:
     """The storage daemons of a site: their directories' names and pids."""
     found = Path(site.helpers_dir).glob("daemon-*/pid")
     return {path.parent.name: int(path.read_text()) for path in found}
+
+
+def spied(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a function from now on."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, name)
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, spy)
+    return calls
 
 
 # ------------------------------------------------------------------------------------------- what works
@@ -271,6 +284,25 @@ def test_a_full_daemon_is_left_alone(
     first, second = (record(definition(ceph, image), number) for number in range(2))
     with attached(site, first), attached(site, second):
         assert len(daemons(site)) == 2
+
+
+def test_an_image_is_attached_and_detached_without_a_look_at_the_others(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, *others = (record(definition(ceph, image), number) for number in range(5))
+    commands, looked_at = spied(Qmp, "execute", monkeypatch), spied(export_loop, "_sysfs", monkeypatch)
+    said = []
+    with contextlib.ExitStack() as standing:
+        for other in others:
+            standing.enter_context(attached(site, other))
+            commands.clear()
+            looked_at.clear()
+            with attached(site, what) as device:
+                pass
+            said.append([command for _, command in commands])
+            assert {name for name, *_ in looked_at} == {Path(device).name}
+    assert said == [said[0]] * len(others)
+    assert "query-named-block-nodes" not in said[0]
 
 
 def test_two_users_have_a_daemon_each(site: Site, ceph: Cluster, image: str) -> None:

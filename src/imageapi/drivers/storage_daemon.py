@@ -321,25 +321,17 @@ def _add_node(qmp: Qmp, node: str, source: Source) -> None:
 
 def _close(qmp: Qmp, node: str, deadline: Deadline) -> None:
     """Take away the export and the node. A caller that was killed may have given the same commands, which the daemon
-    still carries out beside ours: an error counts only if the thing is there afterwards."""
-
-    def has_export() -> bool:
-        return any(export["id"] == node for export in qmp.execute("query-block-exports"))
-
-    def has_node() -> bool:
-        return any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True))
-
+    still carries out beside ours: an error counts only if the thing is there afterwards. Which nodes there are is asked
+    only then: the answer describes all of them, 0.2 ms each."""
     _drop_secret(qmp)
-    if has_export():
-        with contextlib.suppress(QmpError):
-            qmp.execute("block-export-del", id=node, mode="hard")
-        deadline.wait(lambda: not has_export())
-    if has_node():
-        try:
-            qmp.execute("blockdev-del", node_name=node)
-        except QmpError:
-            if has_node():
-                raise
+    with contextlib.suppress(QmpError):
+        qmp.execute("block-export-del", id=node, mode="hard")
+    deadline.wait(lambda: all(export["id"] != node for export in qmp.execute("query-block-exports")))
+    try:
+        qmp.execute("blockdev-del", node_name=node)
+    except QmpError:
+        if any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True)):
+            raise
 
 
 def _drop_secret(qmp: Qmp) -> None:
