@@ -317,22 +317,32 @@ def definition(thing: Attachment | Mount) -> Spec | None:
     return None if thing.id is not None or thing.kind is None else getattr(thing, thing.kind, None)
 
 
+@cache
+def holding(struct: Any) -> tuple[str, ...]:
+    """The fields of `struct` that hold an object, or a list of objects."""
+    return tuple(name for name, hint in hints(struct).items() if struct_of(hint) in (Attachment, Mount))
+
+
 def needs_at(part: Any) -> list[tuple[str, Attachment | Mount]]:
     """The objects that `part` (a kind's own part, or a container) needs, in the order it names them, each with its
     place in `part` as a JSON path: `.lower[0]`."""
     found: list[tuple[str, Attachment | Mount]] = []
-    for field in part.__struct_fields__:
+    for field in holding(type(part)):
         value = getattr(part, field)
-        if isinstance(value, Attachment | Mount):
+        if isinstance(value, list):
+            found += [(f".{field}[{at}]", it) for at, it in enumerate(value)]
+        elif value is not None:
             found.append((f".{field}", value))
-        elif isinstance(value, list):
-            found += [(f".{field}[{at}]", it) for at, it in enumerate(value) if isinstance(it, Attachment | Mount)]
     return found
 
 
 def needs(part: Any) -> list[Attachment | Mount]:
     """The objects that `part` needs, in the order it names them."""
-    return [thing for _, thing in needs_at(part)]
+    found: list[Attachment | Mount] = []
+    for field in holding(type(part)):
+        value = getattr(part, field)
+        found += value if isinstance(value, list) else () if value is None else (value,)
+    return found
 
 
 def own_part(thing: Object) -> Spec | None:
@@ -344,12 +354,12 @@ def replace_needs(part: Any, replacements: list[Attachment | Mount]) -> Any:
     """`part` with the objects it needs replaced, in the order of `needs`."""
     left = iter(replacements)
     changes: dict[str, Any] = {}
-    for field in part.__struct_fields__:
+    for field in holding(type(part)):
         value = getattr(part, field)
-        if isinstance(value, Attachment | Mount):
-            changes[field] = next(left)
-        elif isinstance(value, list) and any(isinstance(item, Attachment | Mount) for item in value):
+        if isinstance(value, list):
             changes[field] = [next(left) for _ in value]
+        elif value is not None:
+            changes[field] = next(left)
     return msgspec.structs.replace(part, **changes)
 
 
