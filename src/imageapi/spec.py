@@ -327,7 +327,7 @@ def needs_at(part: Any) -> list[tuple[str, Attachment | Mount]]:
     """The objects that `part` (a kind's own part, or a container) needs, in the order it names them, each with its
     place in `part` as a JSON path: `.lower[0]`."""
     found: list[tuple[str, Attachment | Mount]] = []
-    for field in holding(type(part)):
+    for field in holding(part.__class__):
         value = getattr(part, field)
         if isinstance(value, list):
             found += [(f".{field}[{at}]", it) for at, it in enumerate(value)]
@@ -339,7 +339,7 @@ def needs_at(part: Any) -> list[tuple[str, Attachment | Mount]]:
 def needs(part: Any) -> list[Attachment | Mount]:
     """The objects that `part` needs, in the order it names them."""
     found: list[Attachment | Mount] = []
-    for field in holding(type(part)):
+    for field in holding(part.__class__):
         value = getattr(part, field)
         found += value if isinstance(value, list) else () if value is None else (value,)
     return found
@@ -354,7 +354,7 @@ def replace_needs(part: Any, replacements: list[Attachment | Mount]) -> Any:
     """`part` with the objects it needs replaced, in the order of `needs`."""
     left = iter(replacements)
     changes: dict[str, Any] = {}
-    for field in holding(type(part)):
+    for field in holding(part.__class__):
         value = getattr(part, field)
         if isinstance(value, list):
             changes[field] = [next(left) for _ in value]
