@@ -101,6 +101,14 @@ class Store:
     @staticmethod
     def _publish(path: str, data: bytes) -> None:
         descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
+        try:
+            _write(descriptor, data)
+        finally:
+            os.close(descriptor)
         os.rename(f"{path}.new", path)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """All of `data`; a file system that fills up takes a part of it first, and then says why."""
+    while data:
+        data = data[os.write(descriptor, data) :]

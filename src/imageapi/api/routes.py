@@ -17,6 +17,7 @@ from imageapi.api.problems import Json
 from imageapi.api.query import Query
 from imageapi.api.resource import Operation, Resource, while_connected
 from imageapi.config import Config
+from imageapi.engine import stages
 from imageapi.engine.engine import Engine
 from imageapi.engine.graph import Picture
 from imageapi.errors import Invalid, NotFound, Problem
@@ -204,13 +205,18 @@ class Routes:
     # ------------------------------------------------------------------------------------------------- a POST
 
     async def _make(self, request: Request, collection: str, kind: str | None, view: View) -> Response:
+        told = stages.begin()
         asked = await body.read(request, self._config.max_body_size)
         wanted = dialects.read(collection, asked, kind)
+        told.end("read")
         try:
             picture = await while_connected(request, self._engine.create(wanted.thing))
         except Problem as problem:
             raise wanted.places.locate(problem) from None
-        return Json(view(picture), status_code=201)
+        answer = Json(view(picture), status_code=201)
+        told.end("answer")
+        answer.headers["server-timing"] = str(told)
+        return answer
 
 
 def _known_kind(request: Request, collection: str) -> str:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Iterable, Iterator
 from itertools import groupby
 
+from imageapi.engine import stages
 from imageapi.engine.collect import Collector
 from imageapi.engine.containers import CREATED, STARTING, Containers
 from imageapi.engine.graph import describe, standing
@@ -53,6 +54,7 @@ class Applier:
             try:
                 await asyncio.shield(made)
                 self._ledger.publish(claimed)
+                stages.end("publish")
                 return claimed.root
             except GivenUp:
                 await self._tasks.through(self._undo(claimed))
@@ -67,9 +69,11 @@ class Applier:
         """Plan again until nothing that is going away stands in the way, then enter the plan in the same step."""
         while isinstance(planned := plan(thing, self._graph, self._ledger.draw_token), Later):
             await self._wait_for(planned)
+        stages.end("plan")
         if isinstance(planned.root.spec, Container):
             self._containers.prepare(planned.root, running=running)
         self._ledger.claim(planned)
+        stages.end("claim")
         for record in planned.steps:
             self._awaited[record.key] = asyncio.get_running_loop().create_future()
         return planned
@@ -145,6 +149,7 @@ class _Making:
         with self._jobs.series(store, list(self._jobs_for(group))) as self._series:
             for record in group:
                 await self._step(record, self._make(record, self._series))
+                stages.end("start" if isinstance(record.spec, Container) else record.kind)
                 _tell(self._awaited.pop(record.key, None), None)
 
     def _jobs_for(self, group: list[AnyRecord]) -> Iterator[Job]:

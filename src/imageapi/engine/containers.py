@@ -16,6 +16,7 @@ from typing import Any
 
 from imageapi.config import Config
 from imageapi.drivers.base import driver
+from imageapi.engine import stages
 from imageapi.engine.graph import describe, standing
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
@@ -251,7 +252,9 @@ class Containers:
 
     async def _start(self, record: AnyRecord, run: Run, root: Callable[[], Awaitable[int]]) -> None:
         try:
-            started = await self._execute(record, run, await root())
+            opened = await root()
+            stages.end("root")
+            started = await self._execute(record, run, opened)
         except Problem as problem:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
