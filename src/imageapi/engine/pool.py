@@ -11,13 +11,14 @@ import logging
 import os
 import pickle
 import socket
+import struct
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from imageapi import errors
 from imageapi.engine import zygote
-from imageapi.engine.worker import MESSAGE, Descriptor, Reply
+from imageapi.engine.worker import MESSAGE, Descriptor, Reply, message_buffer
 from imageapi.records import AnyRecord, Record
 
 log = logging.getLogger(__name__)
@@ -132,11 +133,11 @@ class _Worker:
     def _hear(self) -> bool:
         """Take one reply; whether there was one."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE, 1)
+            data, descriptors = _receive(self._channel)
         except BlockingIOError:
             return False
         except OSError:
-            data, descriptors = b"", []
+            data, descriptors = memoryview(b""), []
         if data and self._chain is not None:
             self._chain.settle(pickle.loads(data), descriptors)
         else:
@@ -173,6 +174,21 @@ class _Worker:
             self.ended = True
             asyncio.get_running_loop().remove_reader(self._channel)
             self._channel.close()
+
+
+_BUFFER = message_buffer()
+"""For all that is read in the one event loop."""
+_DESCRIPTOR = struct.Struct("@i")
+
+
+def _receive(channel: socket.socket) -> tuple[memoryview, list[int]]:
+    """One message, to be used before the next is read, and the descriptor that came with it.
+
+    Raises: BlockingIOError; OSError.
+    """
+    size, control, _, _ = channel.recvmsg_into([_BUFFER], socket.CMSG_SPACE(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC)
+    descriptors = [_DESCRIPTOR.unpack(data)[0] for _, kind, data in control if kind == socket.SCM_RIGHTS]
+    return _BUFFER[:size], descriptors
 
 
 class Pool:

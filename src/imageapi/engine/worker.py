@@ -8,6 +8,7 @@ message a record is one object.
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import socket
@@ -40,11 +41,17 @@ class Descriptor(int):
     """A job's result that is a descriptor: it is handed over, and the worker's own copy closed."""
 
 
+def message_buffer() -> memoryview:
+    """Room for the largest message. Pages that no message has filled are not there."""
+    return memoryview(mmap.mmap(-1, MESSAGE, flags=mmap.MAP_PRIVATE))
+
+
 def serve(channel: socket.socket, site: Site) -> None:
     """Do the jobs that come over `channel` until the other end is gone."""
     os.umask(0o022)
-    while jobs := channel.recv(MESSAGE):
-        for name, arguments in pickle.loads(jobs):
+    buffer = message_buffer()
+    while size := channel.recv_into(buffer):
+        for name, arguments in pickle.loads(buffer[:size]):
             if _given_up(channel):
                 return
             reply = _perform(name, arguments, site)
