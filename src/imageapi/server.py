@@ -7,6 +7,7 @@ imported after that, so that its memory is not the workers' and the supervisor's
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -20,6 +21,7 @@ from imageapi import __version__
 from imageapi.config import Config, Site, parse
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem
+from imageapi.linux import memory
 
 log = logging.getLogger("imageapi")
 
@@ -80,6 +82,7 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         await _unless(stop, engine.start())
+        _settle()
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
         await listeners.serve(app(engine, config), stop)
     finally:
@@ -87,6 +90,14 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
         await engine.stop()
     if pool.lost:
         raise Problem("the process that its workers are forked from has ended; start it again: it goes on where it was")
+
+
+def _settle() -> None:
+    """What is there now stays: the collector of garbage need not look at it again, and what was needed only to start
+    is let go."""
+    gc.collect()
+    gc.freeze()
+    memory.forget_code()
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:

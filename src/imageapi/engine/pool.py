@@ -29,6 +29,8 @@ PER_STORE = 8
 """How many chains of jobs one store may have under way: what a dead one can cost in processes."""
 IDLE = 4
 """How many workers wait for the next jobs; more are started when needed, and end when done."""
+PATIENCE = 2.0
+"""For how many seconds they wait: an idle one costs 2 MB, and a new one 1 ms."""
 
 
 class Job:
@@ -103,11 +105,14 @@ class _Worker:
         self._free = free
         self._chain: Chain | None = None
         self._leaving = False
+        self._retirement: asyncio.TimerHandle | None = None
         self.ended = False
         asyncio.get_running_loop().add_reader(channel, self._hear)
 
     def begin(self, chain: Chain) -> None:
         """Raises: OSError, when the process has ended."""
+        if self._retirement is not None:
+            self._retirement.cancel()
         jobs = [(job.name, job.arguments) for job in chain.jobs]
         try:
             self._channel.send(pickle.dumps(jobs, pickle.HIGHEST_PROTOCOL))
@@ -167,6 +172,10 @@ class _Worker:
         except OSError:
             return False
         return False
+
+    def rest(self) -> None:
+        """It has nothing to do, and ends unless that changes."""
+        self._retirement = asyncio.get_running_loop().call_later(PATIENCE, self.dismiss)
 
     def dismiss(self) -> None:
         """Let it end; it may have."""
@@ -273,8 +282,10 @@ class Pool:
     def _free(self, worker: _Worker, chain: Chain) -> None:
         """A worker has done its jobs, or has ended over them."""
         self._busy[chain.store].discard(chain)
+        self._idle = [one for one in self._idle if not one.ended]
         if len(self._idle) < IDLE and worker.waits():
             self._idle.append(worker)
+            worker.rest()
         else:
             worker.dismiss()
         self._go_on(chain.store)

@@ -32,7 +32,11 @@ SUPERVISOR = b"supervisor"
 
 def launch(site: Site, keep: Iterable[int] = ()) -> socket.socket:
     """Fork the zygote, which keeps the descriptors `keep` and closes all others; the server's end of its socket.
-    To be called while the process has a single thread."""
+    To be called while the process has a single thread. What it has imported stays shared by all that is forked from
+    here, as far as nobody writes to it: the collector of garbage, which would, leaves it alone from now on."""
+    _load_drivers()
+    gc.collect()
+    gc.freeze()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _fork(lambda: _serve(theirs, site, keep))
     theirs.close()
@@ -59,8 +63,6 @@ def _serve(control: socket.socket, site: Site, keep: Iterable[int]) -> None:
     os.setsid()
     process.name("imageapi-zygote")
     process.close_all_but(control.fileno(), *keep)
-    _load_drivers()
-    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, 64, 1)

@@ -46,6 +46,8 @@ libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 libc.setns.restype = ctypes.c_int
 libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 libc.statx.restype = ctypes.c_int
+libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.madvise.restype = ctypes.c_int
 libc.syscall.restype = ctypes.c_long
 
 
