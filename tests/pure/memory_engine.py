@@ -31,7 +31,7 @@ class MemoryEngine(Engine):
         return self._graph.picture(key)
 
     def pictures(self, collection: str) -> list[Picture]:
-        return [self._graph.picture(record.key) for record in self._graph.shown(collection)]
+        return self._graph.pictures(collection)
 
     def named(self, name: str) -> Key:
         key = self._graph.named(name)

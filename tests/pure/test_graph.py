@@ -48,13 +48,13 @@ def test_reading_changes_no_count(graph: Graph) -> None:
 
 def test_a_picture_shows_all_the_way_down(graph: Graph) -> None:
     picture = graph.picture(BOX)
-    assert list(picture.below) == [TOP, LOWER, IMAGE]
+    assert list(picture.records) == [BOX, TOP, LOWER, IMAGE]
     assert picture.refs == {BOX: 1, TOP: 1, LOWER: 1, IMAGE: 1}
 
 
 def test_what_was_taken_away_below_is_left_out(graph: Graph) -> None:
     graph.remove(LOWER)
-    assert list(graph.picture(BOX).below) == [TOP]
+    assert list(graph.picture(BOX).records) == [BOX, TOP]
 
 
 def test_a_name_goes_with_its_container(graph: Graph) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from imageapi.api import views
 from imageapi.engine.graph import Graph, Picture
-from imageapi.records import AnyRecord, Facts, Record, Run
+from imageapi.records import AnyRecord, Facts, Key, Record, Run
 from imageapi.spec import Attachment, Bind, Chap, Container, Iscsi, Mount, Secret
 from pure.memory_engine import MemoryEngine
 from pure.nests import overlay
@@ -93,6 +94,10 @@ def picture(*records: AnyRecord) -> Picture:
     return graph.picture(records[-1].key)
 
 
+def whole(shown: Picture) -> Any:
+    return msgspec.json.decode(views.whole(shown))
+
+
 def bind(number: int, below: int | None = None) -> AnyRecord:
     mount = None if below is None else Mount(id=below)
     asked = Bind(path="/", base="root" if mount is None else "mount", mount=mount)
@@ -111,33 +116,33 @@ def test_what_was_learnt_and_what_is_wrong_is_shown_only_where_it_is() -> None:
 
 def test_what_was_lost_below_is_shown_by_its_id() -> None:
     """An object deleted by force leaves its holders."""
-    shown = views.whole(picture(bind(3, below=2)))
+    shown = whole(picture(bind(3, below=2)))
     assert shown["bind"]["mount"] == {"id": 2}
 
 
 def test_a_container_always_shows_what_it_may_not_have() -> None:
     box = Record(id=0, spec=Container(mount=Mount(id=0), command="/x"), token=9, run=Run(logfile="/l"))
-    assert views.whole(picture(bind(0), box)) == {
+    assert whole(picture(bind(0), box)) == {
         "id": 0, "mount": {"id": 0, "kind": "bind", "refs": 1, "bind": BIND}, "command": "/x", "systemd": False,
         "state": "created", "namespaces": None, "logfile": "/l", "refs": 1, "pid": None, "exit_code": None,
         "created_at": None, "started_at": None, "finished_at": None,
     }  # fmt: skip
     box.run = Run(state="dead", logfile="/l", pid=7, exit_code=0)
     box.problem = "it failed"
-    shown = views.whole(picture(bind(0), box))
+    shown = whole(picture(bind(0), box))
     assert [shown[name] for name in ("state", "pid", "exit_code", "problem")] == ["dead", 7, 0, "it failed"]
 
 
 def test_one_object_that_several_stand_on_is_whole_in_each() -> None:
     top = Record(id=2, spec=overlay(Mount(id=1), Mount(id=0)), token=7)
-    one, other = views.whole(picture(bind(0), bind(1, below=0), top))["overlay"]["lower"]
+    one, other = whole(picture(bind(0), bind(1, below=0), top))["overlay"]["lower"]
     assert one["bind"]["mount"] == other == {"id": 0, "kind": "bind", "refs": 2, "bind": BIND}
 
 
 @pytest.mark.parametrize("length", [views.DEEPEST, views.DEEPEST + 1, 3000])
 def test_a_chain_of_any_length_is_an_answer_that_parsers_can_read(length: int) -> None:
     chain = [bind(number, below=number - 1 if number else None) for number in range(length)]
-    shown = msgspec.json.decode(msgspec.json.encode(views.whole(picture(*chain))))
+    shown = whole(picture(*chain))
     depth = 1
     while "bind" in shown and "mount" in shown["bind"]:
         shown, depth = shown["bind"]["mount"], depth + 1
@@ -151,9 +156,42 @@ def test_the_longest_way_down_is_what_counts(lower: tuple[int, int]) -> None:
     chain = [bind(number, below=number - 1 if number else None) for number in range(400)]
     short = Record(id=400, spec=overlay(Mount(id=260)), token=5000)
     top = Record(id=401, spec=overlay(*(Mount(id=number) for number in lower)), token=5001)
-    steps = re.findall(rb"[{}]", msgspec.json.encode(views.whole(picture(*chain, short, top))))
+    steps = re.findall(rb"[{}]", views.whole(picture(*chain, short, top)))
     depth = max(accumulate(1 if step == b"{" else -1 for step in steps))
     assert depth <= 2 * views.DEEPEST + 2
+
+
+def test_a_list_makes_again_only_what_has_changed_and_what_shows_it() -> None:
+    graph, album = Graph(), views.Album()
+    lower, top, other = bind(0), bind(1, below=0), bind(2)
+    for record in (lower, top, other):
+        graph.add(record)
+    before = album.whole(graph.pictures("mount"))
+    assert all(one is two for one, two in zip(before, album.whole(graph.pictures("mount")), strict=True))
+    lower.problem = "it is lost"
+    after = album.whole(graph.pictures("mount"))
+    assert [one is two for one, two in zip(before, after, strict=True)] == [False, False, True]
+    assert msgspec.json.decode(after[1])["bind"]["mount"]["problem"] == "it is lost"
+
+
+@pytest.mark.parametrize("change", [
+    lambda graph, box: setattr(box, "problem", "it failed"),
+    lambda graph, box: setattr(box, "pinned", True),
+    lambda graph, box: setattr(box.run, "state", "running"),
+    lambda graph, box: setattr(box.run, "pid", 7),
+    lambda graph, box: setattr(graph.find(Key("mount", 0)).facts, "mountpoint", "/m"),
+    lambda graph, box: graph.add(bind(1, below=0)),
+    lambda graph, box: graph.remove(Key("mount", 0)),
+])  # fmt: skip
+def test_a_list_shows_every_change(change: Callable[[Graph, AnyRecord], None]) -> None:
+    graph, album = Graph(), views.Album()
+    box = Record(id=0, spec=Container(mount=Mount(id=0), command="/x"), token=9, run=Run(logfile="/l"))
+    graph.add(bind(0))
+    graph.add(box)
+    before = album.whole(graph.pictures("container"))
+    change(graph, box)
+    after = album.whole(graph.pictures("container"))
+    assert after == [views.whole(one) for one in graph.pictures("container")] != before
 
 
 def test_every_secret_is_the_mask() -> None:

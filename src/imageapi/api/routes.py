@@ -79,20 +79,20 @@ class Routes:
 
     def _list(self, collection: str) -> Operation:
         known = ("id", "name", "state") if collection == "container" else ("id", "kind")
+        album = views.Album()
 
         async def handler(request: Request, query: Query) -> Response:
             wanted = self._named(collection, query)
             kind, state = query.kind(collection) if "kind" in known else None, query.state
+            pictures = self._engine.pictures(collection) if wanted is None else [self._engine.picture(wanted)]
             found = [
                 picture
-                for picture in self._engine.pictures(collection)
-                if wanted in (None, picture.record.key)
-                and (kind is None or _is_of_kind(picture, kind))
-                and (state is None or state == _state(picture))
+                for picture in pictures
+                if (kind is None or _is_of_kind(picture, kind)) and (state is None or state == _state(picture))
             ]
             if wanted and not found:
                 raise NotFound(f"{wanted} is not of that {'state' if state else 'kind'}")
-            return Json([views.whole(picture) for picture in found])
+            return Json((views.Album() if wanted else album).whole(found))
 
         return Operation(handler, known)
 
@@ -234,8 +234,8 @@ def _known_kind(request: Request, collection: str) -> str:
 def _is_of_kind(picture: Picture, kind: str) -> bool:
     """Whether the object belongs to the routes of `kind`: an attach-mount also to its attachment's."""
     record = picture.record
-    edges = record.edges() if record.kind == "attach" else []
-    return kind == record.kind or any(kind == picture.below[key].kind for key in edges if key in picture.below)
+    edges = picture.edges[picture.key] if record.kind == "attach" else []
+    return kind == record.kind or any(kind == picture.records[key].kind for key in edges if key in picture.records)
 
 
 def _state(picture: Picture) -> str | None:

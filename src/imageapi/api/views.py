@@ -1,4 +1,4 @@
-"""From a picture of an object to its JSON, in either form: pure functions, secrets masked.
+"""From a picture of an object to its JSON, in either form: secrets masked.
 
 The collection form shows everything an object stands on whole, all the way down; the kind form is flat, with plain ids.
 """
@@ -6,15 +6,16 @@ The collection form shows everything an object stands on whole, all the way down
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
 from imageapi import spec
 from imageapi.engine.graph import Picture
-from imageapi.records import AnyRecord, Key, Run
-from imageapi.spec import Attach, Attachment, Container, Mount, Spec
+from imageapi.records import AnyRecord, Key, Run, snapshot
+from imageapi.spec import Attach, Attachment, Container, Spec
 
 View = dict[str, Any]
 Child = Callable[[Key], Any]
@@ -24,16 +25,67 @@ DEEPEST = 150
 """How many objects an answer nests in each other. What a chain of references has built deeper is shown by its id from
 there on: parsers of JSON have their limits (Python's and msgspec's is at 1,000 levels)."""
 
+encode = msgspec.json.Encoder(enc_hook=spec.masking_hook).encode
 
-def whole(picture: Picture) -> View:
-    """The collection form."""
-    order = list(_children_first(picture))
-    levels = _levels(order)
-    views: dict[Key, View] = {}
-    for record in order:
-        deep = levels[record.key] >= DEEPEST
-        views[record.key] = {"id": record.id, "kind": record.kind} if deep else _object(picture, record, views)
-    return views[picture.record.key]
+
+class Shown(NamedTuple):
+    """How an object was shown, and all that this came from: a copy of its record, its references and the views of
+    those it stands on. `height` is how many objects the view nests; there is none of more than DEEPEST."""
+
+    record: AnyRecord
+    refs: int
+    children: dict[Key, Raw]
+    height: int
+    view: Raw
+
+
+class Album:
+    """The collection form of a list of objects. What the list before has shown, and is the same in all that its view
+    came from, is not made again."""
+
+    def __init__(self) -> None:
+        self._last: dict[Key, Shown] = {}
+
+    def whole(self, pictures: Iterable[Picture]) -> list[Raw]:
+        shown: dict[Key, Shown] = {}
+        views = [self._one(picture, shown) for picture in pictures]
+        self._last = shown
+        return views
+
+    def _one(self, picture: Picture, shown: dict[Key, Shown]) -> Raw:
+        for key in _children_first(picture, shown):
+            shown[key] = self._shown(picture, key, shown)
+        found = shown[picture.key]
+        return found.view if found.height <= DEEPEST else _cut(picture)
+
+    def _shown(self, picture: Picture, key: Key, shown: dict[Key, Shown]) -> Shown:
+        record, refs = picture.records[key], picture.refs[key]
+        children = {edge: shown[edge].view for edge in picture.edges[key] if edge in shown}
+        last = self._last.get(key)
+        if last and last.record == record and last.refs == refs and last.children == children:
+            return last
+        height = 1 + max((shown[edge].height for edge in children), default=0)
+        view = Raw(encode(_object(record, refs, children)) if height <= DEEPEST else b"null")
+        return Shown(snapshot(record), refs, children, height, view)
+
+
+def whole(picture: Picture) -> Raw:
+    """The collection form of one object."""
+    return Album().whole([picture])[0]
+
+
+def _cut(picture: Picture) -> Raw:
+    """The collection form of what nests too many objects: those too far down are shown by their ids."""
+    order: dict[Key, AnyRecord] = {}
+    for key in _children_first(picture, order):
+        order[key] = picture.records[key]
+    levels = _levels(picture, list(order))
+    views: dict[Key, Raw] = {}
+    for key, record in order.items():
+        deep = levels[key] >= DEEPEST
+        view = {"id": record.id, "kind": record.kind} if deep else _object(record, picture.refs[key], views)
+        views[key] = Raw(encode(view))
+    return views[picture.key]
 
 
 def flat(picture: Picture, kind: str) -> View:
@@ -42,49 +94,45 @@ def flat(picture: Picture, kind: str) -> View:
     fields = _fields(record, lambda key: key.id)
     if isinstance(record.definition, Attach) and kind != record.kind:
         fields = {f"{kind}_id": fields.pop("attach"), **fields}
-    return {"id": record.id, **fields, **_learnt(picture, record)}
+    view: View = msgspec.to_builtins(
+        {"id": record.id, **fields, **_learnt(record, picture.refs[record.key])}, enc_hook=spec.masking_hook
+    )
+    return view
 
 
-def _children_first(picture: Picture) -> Iterator[AnyRecord]:
-    """The object and all that it stands on, each once, and each after what it stands on itself."""
-    known = {picture.record.key: picture.record, **picture.below}
-    done: set[Key] = set()
-    waiting = [picture.record.key]
+def _children_first(picture: Picture, done: Mapping[Key, Any]) -> Iterator[Key]:
+    """The object and all that it stands on, each once and after what it stands on itself, but for what is `done`.
+    Whoever goes through them does each before asking for the next."""
+    waiting = [picture.key]
     while waiting:
         key = waiting[-1]
-        before = [edge for edge in known[key].edges() if edge in known and edge not in done]
+        before = [edge for edge in picture.edges[key] if edge in picture.records and edge not in done]
         waiting += before
         if not before and waiting.pop() not in done:
-            done.add(key)
-            yield known[key]
+            yield key
 
 
-def _levels(order: list[AnyRecord]) -> dict[Key, int]:
+def _levels(picture: Picture, order: list[Key]) -> dict[Key, int]:
     """How far below the last of `order` each object is: the longest way counts."""
     levels: defaultdict[Key, int] = defaultdict(int)
-    for record in reversed(order):
-        for edge in record.edges():
-            levels[edge] = max(levels[edge], levels[record.key] + 1)
+    for key in reversed(order):
+        for edge in picture.edges[key]:
+            levels[edge] = max(levels[edge], levels[key] + 1)
     return levels
 
 
-def _object(picture: Picture, record: AnyRecord, views: dict[Key, View]) -> View:
+def _object(record: AnyRecord, refs: int, children: Mapping[Key, Raw]) -> View:
     """An object by the views of those it stands on. One that is gone, deleted by force, is shown by its id."""
 
-    def child(key: Key) -> View:
-        return views.get(key, {"id": key.id})
+    def child(key: Key) -> Any:
+        return children.get(key, {"id": key.id})
 
     if isinstance(record.spec, Container):
-        return _container(picture, record, child)
-    return {
-        "id": record.id,
-        "kind": record.kind,
-        record.kind: _fields(record, child),
-        **_learnt(picture, record),
-    }
+        return _container(record, refs, child)
+    return {"id": record.id, "kind": record.kind, record.kind: _fields(record, child), **_learnt(record, refs)}
 
 
-def _container(picture: Picture, record: AnyRecord, child: Child) -> View:
+def _container(record: AnyRecord, refs: int, child: Child) -> View:
     asked, run = record.spec, record.run or Run()
     return {
         "id": record.id,
@@ -95,7 +143,7 @@ def _container(picture: Picture, record: AnyRecord, child: Child) -> View:
         "state": run.state,
         "namespaces": asked.namespaces,
         "logfile": run.logfile,
-        "refs": picture.refs[record.key],
+        "refs": refs,
         "pid": run.pid,
         "exit_code": run.exit_code,
         "created_at": run.created_at,
@@ -109,26 +157,29 @@ def _fields(record: AnyRecord, child: Child) -> View:
     """The kind's own object: what was asked for and what holds by default, and what the server has learnt of it.
     Fields without a value are left out."""
     part: Spec = record.definition
-    learnt = spec.server_fields(type(part))
+    learnt, holding = spec.server_fields(type(part)), spec.holding(type(part))
     values = {
         field: getattr(record.facts if field in learnt else part, field, None) for field in part.__struct_fields__
     }
-    return {field: _value(value, child) for field, value in values.items() if value is not None}
+    return {
+        field: _held(value, child) if field in holding else value
+        for field, value in values.items()
+        if value is not None
+    }
 
 
-def _value(value: Any, child: Child) -> Any:
-    if isinstance(value, Attachment | Mount):
-        return child(Key(value.COLLECTION, value.id or 0))
+def _held(value: Any, child: Child) -> Any:
+    """What stands where an object is needed, or a list of objects."""
     if isinstance(value, list):
-        return [_value(item, child) for item in value]
-    return msgspec.to_builtins(value, enc_hook=spec.masking_hook)
+        return [_held(item, child) for item in value]
+    return child(Key(value.COLLECTION, value.id or 0))
 
 
-def _learnt(picture: Picture, record: AnyRecord) -> View:
+def _learnt(record: AnyRecord, refs: int) -> View:
     """What the server knows of the object beside what was asked for."""
     place = "device_file" if record.key.collection == Attachment.COLLECTION else "mountpoint"
     found = getattr(record.facts, place)
-    return {**({place: found} if found else {}), "refs": picture.refs[record.key], **_problem(record)}
+    return {**({place: found} if found else {}), "refs": refs, **_problem(record)}
 
 
 def _problem(record: AnyRecord) -> View:

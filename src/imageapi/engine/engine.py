@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from imageapi.config import Config, Site
 from imageapi.engine.apply import Applier
@@ -63,7 +62,7 @@ class Engine:
 
     def pictures(self, collection: str) -> list[Picture]:
         """The objects of a collection, in order of id."""
-        return [self._graph.picture(record.key) for record in self._graph.shown(collection)]
+        return self._graph.pictures(collection)
 
     def named(self, name: str) -> Key:
         """The container of this name.
@@ -124,7 +123,7 @@ class Engine:
         except Problem as problem:
             await self._keep(record, before, problem)
             raise
-        last = last._replace(record=snapshot(record, phase=before[0], problem=record.problem or before[1]))
+        last.records[key] = snapshot(record, phase=before[0], problem=record.problem or before[1])
         await self._collector.forget(record)
         return last
 
@@ -177,5 +176,4 @@ class Engine:
     def _last(self, key: Key) -> Picture:
         """The object and all below it, kept as they are now."""
         now = self._graph.picture(key)
-        below: dict[Key, Any] = {one: snapshot(other) for one, other in now.below.items()}
-        return now._replace(below=below)
+        return now._replace(records={one: snapshot(other) for one, other in now.records.items()})

@@ -18,11 +18,17 @@ from imageapi.records import AnyRecord, Key, Phase
 
 
 class Picture(NamedTuple):
-    """An object as it is at one moment, with all it stands on, all the way down, and the references of each."""
+    """An object as it is at one moment, with all it stands on, all the way down, and the edges and references of each.
+    The pictures of a list share the tables."""
 
-    record: AnyRecord
-    below: dict[Key, AnyRecord]
+    key: Key
+    records: dict[Key, AnyRecord]
+    edges: dict[Key, list[Key]]
     refs: dict[Key, int]
+
+    @property
+    def record(self) -> AnyRecord:
+        return self.records[self.key]
 
 
 def describe(record: AnyRecord) -> str:
@@ -43,6 +49,7 @@ class Graph:
         self._records: dict[str, dict[int, AnyRecord]] = {collection: {} for collection in spec.COLLECTIONS}
         self._following = dict.fromkeys(spec.COLLECTIONS, first_id)
         self._unused: set[Key] = set()
+        self._edges: dict[Key, list[Key]] = {}
         self._holders: defaultdict[Key, set[Key]] = defaultdict(set)
         self._alike: defaultdict[bytes, set[Key]] = defaultdict(set)
         self._names: dict[str, Key] = {}
@@ -112,15 +119,17 @@ class Graph:
         """The objects that were asked for just as `record` was, the oldest first."""
         return [self.get(key) for key in sorted(self._alike.get(fingerprint(record), ()))]
 
-    def below(self, key: Key) -> Iterator[AnyRecord]:
-        """All that the object stands on, all the way down, each once."""
-        seen = {key}
-        waiting = self.get(key).edges()
+    def below(self, *keys: Key) -> Iterator[AnyRecord]:
+        """All else that the objects stand on, all the way down, each once.
+
+        Raises: NotFound.
+        """
+        seen = set(keys)
+        waiting = [edge for key in keys for edge in self._edges[self.get(key).key]]
         for edge in waiting:
-            record = self.find(edge)
-            if record is not None and edge not in seen:
+            if edge not in seen and (record := self.find(edge)):
                 seen.add(edge)
-                waiting += record.edges()
+                waiting += self._edges[edge]
                 yield record
 
     def picture(self, key: Key) -> Picture:
@@ -128,9 +137,17 @@ class Graph:
 
         Raises: NotFound.
         """
-        record = self.visible(key)
-        below = {other.key: other for other in self.below(key)}
-        return Picture(record, below, {one: self.refs(one) for one in (key, *below)})
+        return self._pictures({key: self.visible(key)})[0]
+
+    def pictures(self, collection: str) -> list[Picture]:
+        """The objects of a collection whose create has succeeded, in order of id."""
+        return self._pictures({record.key: record for record in self.shown(collection)})
+
+    def _pictures(self, chosen: dict[Key, AnyRecord]) -> list[Picture]:
+        records = chosen | {record.key: record for record in self.below(*chosen)}
+        refs = {key: len(self._holders.get(key, ())) + record.pinned for key, record in records.items()}
+        edges = {key: self._edges[key] for key in records}
+        return [Picture(key, records, edges, refs) for key in chosen]
 
     # ----------------------------------------------------------------------------------------------- changing
 
@@ -157,7 +174,8 @@ class Graph:
         self.count_on({key.collection: key.id + 1})
         self._tokens.add(record.token)
         self._alike[fingerprint(record)].add(key)
-        for edge in record.edges():
+        self._edges[key] = record.edges()
+        for edge in self._edges[key]:
             self._holders[edge].add(key)
         if isinstance(record.spec, spec.Container) and record.spec.name:
             self._names[record.spec.name] = key
@@ -174,7 +192,7 @@ class Graph:
         record = self._records[key.collection].pop(key.id)
         self._tokens.discard(record.token)
         self._discard(self._alike, fingerprint(record), key)
-        for edge in record.edges():
+        for edge in self._edges.pop(key):
             self._discard(self._holders, edge, key)
         self.free_name(record)
         if key in self._hidden:
