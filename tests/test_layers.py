@@ -29,7 +29,8 @@ ARROWS: dict[str, frozenset[str]] = {
     "api": VOCABULARY | {"engine"},
     "client": VOCABULARY,
     "cli": frozenset({"client"}),
-    "server": VOCABULARY | {"linux", "store", "drivers", "runtime", "engine", "api"},
+    "service": VOCABULARY | {"linux", "engine", "api"},
+    "server": VOCABULARY | {"engine", "service"},
 }
 """For each part of the package the other parts that it may import; its own modules and the version, always."""
 
@@ -38,7 +39,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "api": frozenset({"msgspec", "starlette", "uvicorn"}),
     "client": frozenset({"msgspec", "httpx"}),
     "cli": frozenset({"msgspec", "httpx"}),
-    "server": frozenset({"uvloop"}),
+    "service": frozenset({"uvloop"}),
 }
 """The third-party packages of those parts that are not content with msgspec. What forks stays slim."""
 

@@ -1,29 +1,21 @@
-"""`imageapi-server`: the options, and all wiring on one page.
+"""`imageapi-server`: what comes before the service.
 
-The order matters. The zygote is forked while this process is small and has one thread; what only the server needs is
+The order matters. The zygote is forked while this process is small and has one thread; what only the service needs is
 imported after that, so that its memory is not the workers' and the supervisor's too.
 """
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import logging
 import os
 import resource
-import signal
 import socket
 import sys
-from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from imageapi import __version__
 from imageapi.config import Config, Site, parse
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem
-from imageapi.linux import memory
-
-log = logging.getLogger("imageapi")
 
 OLDEST_KERNEL = (5, 14)
 """RHEL 9's. Older ones lack what roots are built with (mount_setattr, 5.12) and how containers are killed."""
@@ -39,7 +31,7 @@ def main() -> NoReturn:
         site, workers_lock = rundir.prepare(config)
         control = zygote.launch(site, keep=[workers_lock])
         os.close(workers_lock)
-        _run(_serve(config, site, control))
+        _serve(config, site, control)
     except (Problem, OSError) as problem:
         print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -62,52 +54,10 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _run(service: Coroutine[Any, Any, None]) -> None:
-    import uvloop
+def _serve(config: Config, site: Site, control: socket.socket) -> None:
+    from imageapi import service
 
-    uvloop.run(service)
-
-
-async def _serve(config: Config, site: Site, control: socket.socket) -> None:
-    from imageapi.api.app import app
-    from imageapi.api.listen import Listeners
-    from imageapi.engine.engine import Engine
-    from imageapi.engine.pool import Pool
-
-    stop = asyncio.Event()
-    pool = Pool(control, on_lost=stop.set)
-    engine = Engine(config, site, pool, rundir.boot_id())
-    listeners = Listeners(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        await _unless(stop, engine.start())
-        _settle()
-        log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
-        await listeners.serve(app(engine, config), stop)
-    finally:
-        listeners.close()
-        await engine.stop()
-    if pool.lost:
-        raise Problem("the process that its workers are forked from has ended; start it again: it goes on where it was")
-
-
-def _settle() -> None:
-    """What is there now stays: the collector of garbage need not look at it again, and what was needed only to start
-    is let go."""
-    gc.collect()
-    gc.freeze()
-    memory.forget_code()
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`, but leave off when `stop` comes first."""
-    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if working.done():
-        working.result()
-    working.cancel()
+    service.run(config, site, control)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +55,7 @@ class Qmp:
         self._socket = connection
         self._deadline = deadline
         self._received = b""
-        self._name = secrets.token_hex(8)
+        self._name = os.urandom(8).hex()
         self._count = itertools.count()
 
     def execute(self, command: str, **arguments: Any) -> Any:

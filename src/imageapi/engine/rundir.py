@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import time
 
 from imageapi.config import Config, Site
@@ -81,7 +80,7 @@ def _instance(run_dir: str) -> str:
         with open(path) as file:
             return file.read().strip()
     except FileNotFoundError:
-        drawn = secrets.token_hex(4)
+        drawn = os.urandom(4).hex()
         with open(f"{path}.new", "w") as file:
             file.write(drawn + "\n")
         os.rename(f"{path}.new", path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Iterator
 
 from imageapi.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
@@ -35,7 +34,7 @@ def _remove(parent: int, name: str) -> None:
     except FileNotFoundError:
         return
     try:
-        prefix = secrets.token_hex(8)
+        prefix = os.urandom(8).hex()
         fresh = (f"{prefix}.{number}" for number in itertools.count())
         while names := os.listdir(top):
             for inner in names:
