@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
 
 from imageapi.api.guard import Guard, host_name
+from imageapi.api.request import Receive, Scope, Send
 
 pytestmark = pytest.mark.pure
 

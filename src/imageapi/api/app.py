@@ -1,25 +1,31 @@
-"""The ASGI application: routes, what is answered where there is none, and the guard around all."""
+"""The ASGI application: the guard, the way to a path's resource, and what is answered where there is none."""
 
 from __future__ import annotations
 
-from starlette.routing import Router
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from imageapi.api.complaints import shortened
 from imageapi.api.guard import Guard
-from imageapi.api.problems import answer
+from imageapi.api.paths import Paths
+from imageapi.api.problems import Json, answer
+from imageapi.api.request import App, Receive, Request, Scope, Send
 from imageapi.api.routes import BASE, Routes
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.errors import NotFound
 
 
-def app(engine: Engine, config: Config) -> ASGIApp:
+def app(engine: Engine, config: Config) -> App:
     """The API of `engine`. A path with a slash too many is another path, and there is nothing."""
-    inner = Router(Routes(engine, config).table(), redirect_slashes=False, default=_nowhere)
+    paths = Paths(Routes(engine, config).table())
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        resource, parts = paths.find(scope["path"])
+        said = await resource.answer(Request(scope, receive, parts)) if resource else _nowhere(scope["path"])
+        if said is not None:
+            await said(scope, receive, send)
+
     return Guard(inner, {config.host, *config.allowed_hosts})
 
 
-async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+def _nowhere(path: str) -> Json:
     where = f"there are {BASE}/attach, {BASE}/mount, {BASE}/container and what is below them"
-    await answer(NotFound(f"there is no {shortened(scope['path'])}; {where}"))(scope, receive, send)
+    return answer(NotFound(f"there is no {shortened(path)}; {where}"))

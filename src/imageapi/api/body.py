@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
 
 from imageapi.api.problems import JSON
+from imageapi.api.request import Request
 from imageapi.errors import Malformed, TooLarge, UnsupportedMedia
 
 
@@ -22,29 +22,28 @@ def check_type(request: Request) -> None:
 
     Raises: errors.UnsupportedMedia.
     """
-    headers = request.headers
     if request.method in ("GET", "HEAD") or not _has_body(request):
         return
-    if headers.get("content-type", "").split(";")[0].strip().lower() != JSON:
+    if (request.header(b"content-type") or "").split(";")[0].strip().lower() != JSON:
         raise UnsupportedMedia(f"send the body as JSON, with the header Content-Type: {JSON}")
-    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+    if (request.header(b"content-encoding") or "identity").strip().lower() != "identity":
         raise UnsupportedMedia("send the body as it is, without a Content-Encoding")
 
 
 def _has_body(request: Request) -> bool:
-    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+    return request.header(b"content-length") not in (None, "0") or request.header(b"transfer-encoding") is not None
 
 
 async def read(request: Request, limit: int) -> Any:
     """The JSON of the request, which may have `limit` bytes.
 
-    Raises: errors.TooLarge, Malformed; starlette's ClientDisconnect.
+    Raises: errors.TooLarge, Malformed; request.Gone.
     """
-    declared = request.headers.get("content-length", "")
+    declared = request.header(b"content-length") or ""
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     data = bytearray()
-    async for chunk in request.stream():
+    async for chunk in request.chunks():
         data += chunk
         if len(data) > limit:
             raise _too_large(limit)

@@ -12,11 +12,11 @@ from enum import Enum, auto
 from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from imageapi.api.problems import raw
+from imageapi.api.request import App
 from imageapi.config import Config
 from imageapi.errors import Exhausted, HeadersTooLarge, Malformed, Problem, TooSlow
 
@@ -29,7 +29,7 @@ LAST_WORDS = 1.0
 class Connections:
     """The connections of one server."""
 
-    def __init__(self, app: ASGIApp, config: Config) -> None:
+    def __init__(self, app: App, config: Config) -> None:
         self._config = config
         self._state = ServerState()
         self._empty = asyncio.Event()

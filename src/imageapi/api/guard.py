@@ -10,11 +10,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from imageapi.api.complaints import shortened
 from imageapi.api.problems import answer
+from imageapi.api.request import App, Receive, Scope, Send, header_values
 from imageapi.errors import Forbidden, Misdirected, Problem
 
 FOREIGN_SITES = ("cross-site", "same-site")
@@ -24,7 +22,7 @@ FOREIGN_SITES = ("cross-site", "same-site")
 class Guard:
     """The middleware. `names` are the hosts, beside loopback and the connection's own address, that are ours."""
 
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+    def __init__(self, app: App, names: Collection[str]) -> None:
         self._app = app
         self._names = {_plain(name) for name in names}
 
@@ -33,8 +31,8 @@ class Guard:
         await (self._app if problem is None else answer(problem))(scope, receive, send)
 
     def _complaint(self, scope: Scope) -> Problem | None:
-        headers = Headers(scope=scope)
-        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        hosts, origins = header_values(scope, b"host"), header_values(scope, b"origin")
+        sites = header_values(scope, b"sec-fetch-site")
         local = scope["server"][0]
         if len(hosts) != 1 or not self._is_ours(host_name(hosts[0]), local):
             named = shortened(", ".join(hosts))
@@ -43,7 +41,7 @@ class Guard:
                 f"with --allowed-host and that name"
             )
         own = f"{scope['scheme']}://{hosts[0]}".lower()
-        if any(origin.lower() != own for origin in origins) or headers.get("sec-fetch-site") in FOREIGN_SITES:
+        if any(origin.lower() != own for origin in origins) or any(site in FOREIGN_SITES for site in sites):
             return Forbidden(f"pages of {shortened(', '.join(origins) or 'another site')} may not use this API")
         return None
 

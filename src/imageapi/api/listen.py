@@ -9,10 +9,9 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from starlette.types import ASGIApp
-
 from imageapi.api.connection import Connections
 from imageapi.api.guard import is_loopback
+from imageapi.api.request import App
 from imageapi.config import Config
 from imageapi.errors import Conflict, Invalid
 
@@ -40,7 +39,7 @@ class Listeners:
         """How a client calls each."""
         return [_name(one) for one in self._sockets]
 
-    async def serve(self, app: ASGIApp, stop: asyncio.Event) -> None:
+    async def serve(self, app: App, stop: asyncio.Event) -> None:
         """Answer requests until `stop`, then let those under way end."""
         connections = Connections(app, self._config)
         loop = asyncio.get_running_loop()

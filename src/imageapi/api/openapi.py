@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import msgspec
-from starlette.routing import Route
 
 from imageapi import __version__, spec
 from imageapi.api.dialects import ALIASES, KINDS
+from imageapi.api.paths import Route
 from imageapi.api.resource import Operation, Resource
 from imageapi.spec import Mount
 
@@ -75,15 +75,14 @@ def document(routes: Sequence[Route]) -> Schema:
 
 def _places(route: Route) -> Iterator[Place]:
     """The paths of a route: one for each kind, where it is of kinds."""
-    assert isinstance(route.endpoint, Resource)
     owner = next((one for name, one in spec.COLLECTIONS.items() if f"/{name}" in route.path), None)
     if owner is None:
         return
     if "{kind}" not in route.path:
-        yield Place(route.path_format, owner.__name__, route.endpoint)
+        yield Place(route.path, owner.__name__, route.resource)
         return
     for kind in KINDS[owner]:
-        yield Place(route.path_format.replace("{kind}", kind), _flat_name(owner, kind), route.endpoint)
+        yield Place(route.path.replace("{kind}", kind), _flat_name(owner, kind), route.resource)
 
 
 # --------------------------------------------------------------------------------------------------- operations

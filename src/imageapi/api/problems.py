@@ -7,9 +7,8 @@ import secrets
 from http import HTTPStatus
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
 
+from imageapi.api.request import Receive, Request, Scope, Send
 from imageapi.errors import Problem, TooLarge
 
 log = logging.getLogger(__name__)
@@ -17,29 +16,35 @@ log = logging.getLogger(__name__)
 JSON = "application/json"
 
 
-class Json(Response):
+class Json:
     """An answer of the API. Its type is exactly `application/json`, which is all the Go clients read."""
 
-    media_type = JSON
+    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+        self._body = msgspec.json.encode(content)
+        self._status = status
+        self.headers = headers
 
-    def render(self, content: object) -> bytes:
-        return msgspec.json.encode(content)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"%d" % len(self._body)), (b"content-type", JSON.encode("ascii"))]
+        headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in self.headers.items()]
+        await send({"type": "http.response.start", "status": self._status, "headers": headers})
+        await send({"type": "http.response.body", "body": self._body})
 
 
 def answer(problem: Problem) -> Json:
     """The answer that tells a problem. It is the connection's last where the request was not read to its end."""
-    headers = {}
+    headers: dict[str, str] = {}
     if allow := problem.fields.get("allow"):
         headers["allow"] = ", ".join(allow)
     if isinstance(problem, TooLarge):
         headers["connection"] = "close"
-    return Json(problem.to_dict(), status_code=problem.code, headers=headers)
+    return Json(problem.to_dict(), problem.code, **headers)
 
 
 def bug(request: Request, error: Exception) -> Json:
     """The answer to what only we can have caused: a number that is in the log too, beside the trace."""
     reference = secrets.token_hex(4)
-    log.error("bug %s in %s %s", reference, request.method, request.url.path, exc_info=error)
+    log.error("bug %s in %s %s", reference, request.method, request.path, exc_info=error)
     return answer(Problem(f"a bug of this server; its log has the trace under {reference}"))
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import get_args
 
-from starlette.requests import Request
-
 from imageapi import spec
 from imageapi.api.complaints import shortened
 from imageapi.api.dialects import KINDS
+from imageapi.api.request import Request
 from imageapi.errors import Invalid
 
 DIGITS = re.compile(r"[0-9]+")
@@ -29,7 +28,7 @@ class Query:
     def __init__(self, request: Request, *known: str) -> None:
         """Raises: errors.Invalid."""
         self._values: dict[str, str] = {}
-        for name, value in request.query_params.multi_items():
+        for name, value in request.query():
             named = shortened(name)
             if name not in known:
                 these = f"there are {', '.join(known)}" if known else "there are none here"

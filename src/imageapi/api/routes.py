@@ -6,16 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
 from imageapi import spec
 from imageapi.api import body, dialects, openapi, views
 from imageapi.api.complaints import shortened
+from imageapi.api.paths import Route
 from imageapi.api.problems import Json
-from imageapi.api.query import Query
-from imageapi.api.resource import Operation, Resource, while_connected
+from imageapi.api.query import Query, number
+from imageapi.api.request import Request
+from imageapi.api.resource import Operation, Resource
 from imageapi.config import Config
 from imageapi.engine import stages
 from imageapi.engine.engine import Engine
@@ -39,7 +37,7 @@ class Routes:
         routes = [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
         described = cache(lambda: openapi.document(routes))
 
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             return Json(described())
 
         return [*routes, Route(f"{BASE}/openapi.json", Resource(GET=Operation(handler)))]
@@ -50,11 +48,11 @@ class Routes:
             Route(base, Resource(
                 GET=self._list(collection), POST=self._create(collection), DELETE=self._delete_by_query(collection),
             )),
-            Route(f"{base}/{{id:number}}", Resource(GET=self._get(collection), DELETE=self._delete(collection))),
+            Route(f"{base}/{{id}}", Resource(GET=self._get(collection), DELETE=self._delete(collection))),
             Route(f"{base}/{{kind}}", Resource(
                 GET=self._list_of_kind(collection), POST=self._create_of_kind(collection),
             )),
-            Route(f"{base}/{{kind}}/{{id:number}}", Resource(
+            Route(f"{base}/{{kind}}/{{id}}", Resource(
                 GET=self._get_of_kind(collection), DELETE=self._delete_of_kind(collection),
             )),
         ]
@@ -71,8 +69,8 @@ class Routes:
             )),
             Route(f"{base}/byname/{{name}}", one),
             Route(f"{base}/byname/{{name}}/{{state}}", state),
-            Route(f"{base}/{{id:number}}", one),
-            Route(f"{base}/{{id:number}}/{{state}}", state),
+            Route(f"{base}/{{id}}", one),
+            Route(f"{base}/{{id}}/{{state}}", state),
         ]
 
     # ------------------------------------------------------------------------------------- collection routes
@@ -81,7 +79,7 @@ class Routes:
         known = ("id", "name", "state") if collection == "container" else ("id", "kind")
         album = views.Album()
 
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             wanted = self._named(collection, query)
             kind, state = query.kind(collection) if "kind" in known else None, query.state
             pictures = self._engine.pictures(collection) if wanted is None else [self._engine.picture(wanted)]
@@ -97,7 +95,7 @@ class Routes:
         return Operation(handler, known)
 
     def _create(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             return await self._make(request, collection, None, views.whole)
 
         return Operation(handler, reads=True)
@@ -105,7 +103,7 @@ class Routes:
     def _delete_by_query(self, collection: str) -> Operation:
         known = ("id", "name", "force") if collection == "container" else ("id", "force")
 
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             force, key = query.force, self._chosen(collection, query)
             return Json(views.whole(await self._engine.delete(key, force=force)))
 
@@ -136,27 +134,27 @@ class Routes:
     # ------------------------------------------------------------------------------------ one object by its path
 
     def _key(self, request: Request, collection: str) -> Key:
-        name = request.path_params.get("name")
-        return Key(collection, request.path_params["id"]) if name is None else self._engine.named(name)
+        name = request.parts.get("name")
+        return Key(collection, number(request.parts["id"])) if name is None else self._engine.named(name)
 
     def _get(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             return Json(views.whole(self._engine.picture(self._key(request, collection))))
 
         return Operation(handler)
 
     def _delete(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             force, key = query.force, self._key(request, collection)
             return Json(views.whole(await self._engine.delete(key, force=force)))
 
         return Operation(handler, ("force",))
 
-    async def _ask_for_state(self, request: Request, query: Query) -> Response:
-        state, key = request.path_params["state"], self._key(request, "container")
+    async def _ask_for_state(self, request: Request, query: Query) -> Json:
+        state, key = request.parts["state"], self._key(request, "container")
         return Json(views.whole(await self._engine.request_state(key, state)))
 
-    async def _patch(self, request: Request, query: Query) -> Response:
+    async def _patch(self, request: Request, query: Query) -> Json:
         state, key = query.state, self._chosen("container", query)
         if state is None:
             raise Invalid("say which state, by the query parameter state: running or exited", path="?state")
@@ -165,7 +163,7 @@ class Routes:
     # ------------------------------------------------------------------------------------------- kind routes
 
     def _list_of_kind(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             kind = _known_kind(request, collection)
             found = [one for one in self._engine.pictures(collection) if _is_of_kind(one, kind)]
             return Json([views.flat(picture, kind) for picture in found])
@@ -173,21 +171,21 @@ class Routes:
         return Operation(handler)
 
     def _create_of_kind(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             kind = _known_kind(request, collection)
             return await self._make(request, collection, kind, lambda picture: views.flat(picture, kind))
 
         return Operation(handler, reads=True)
 
     def _get_of_kind(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             picture, kind = self._found_of_kind(request, collection)
             return Json(views.flat(picture, kind))
 
         return Operation(handler)
 
     def _delete_of_kind(self, collection: str) -> Operation:
-        async def handler(request: Request, query: Query) -> Response:
+        async def handler(request: Request, query: Query) -> Json:
             picture, kind = self._found_of_kind(request, collection)
             force = query.force
             return Json(views.flat(await self._engine.delete(picture.record.key, force=force), kind))
@@ -197,23 +195,23 @@ class Routes:
     def _found_of_kind(self, request: Request, collection: str) -> tuple[Picture, str]:
         """Raises: NotFound."""
         kind = _known_kind(request, collection)
-        picture = self._engine.picture(Key(collection, request.path_params["id"]))
+        picture = self._engine.picture(Key(collection, number(request.parts["id"])))
         if not _is_of_kind(picture, kind):
             raise NotFound(f"{picture.record.key} is of kind {picture.record.kind}, not {kind}")
         return picture, kind
 
     # ------------------------------------------------------------------------------------------------- a POST
 
-    async def _make(self, request: Request, collection: str, kind: str | None, view: View) -> Response:
+    async def _make(self, request: Request, collection: str, kind: str | None, view: View) -> Json:
         told = stages.begin()
         asked = await body.read(request, self._config.max_body_size)
         wanted = dialects.read(collection, asked, kind)
         told.end("read")
         try:
-            picture = await while_connected(request, self._engine.create(wanted.thing))
+            picture = await request.while_connected(self._engine.create(wanted.thing))
         except Problem as problem:
             raise wanted.places.locate(problem) from None
-        answer = Json(view(picture), status_code=201)
+        answer = Json(view(picture), 201)
         told.end("answer")
         answer.headers["server-timing"] = str(told)
         return answer
@@ -224,7 +222,7 @@ def _known_kind(request: Request, collection: str) -> str:
 
     Raises: NotFound: the route of a kind that does not exist does not either.
     """
-    kind: str = request.path_params["kind"]
+    kind: str = request.parts["kind"]
     known = dialects.KINDS[spec.COLLECTIONS[collection]]
     if kind not in known:
         raise NotFound(f"there is no kind '{shortened(kind)}' in {BASE}/{collection}; there are {', '.join(known)}")
