@@ -202,17 +202,16 @@ class _Reader:
 
     def _part(self, raw: Raw, struct: Any, own: str, canonical: str, *owner: Any) -> Raw:
         """The fields of `struct`, those that hold objects rewritten. `owner` is what the struct is a kind of."""
-        hints = spec.hints(struct)
+        structs, texts = structs_of(struct), lists_of_text(struct)
         return {
-            name: self._field(value, hints.get(name), f"{own}.{name}", f"{canonical}.{name}")
+            name: self._field(value, structs.get(name), name in texts, f"{own}.{name}", f"{canonical}.{name}")
             for name, value in self._counting(raw, own, canonical, struct, *owner).items()
         }
 
-    def _field(self, value: Any, hint: Any, own: str, canonical: str) -> Any:
-        struct = None if hint is None else spec.struct_of(hint)
+    def _field(self, value: Any, struct: Any, is_texts: bool, own: str, canonical: str) -> Any:
         if not isinstance(value, list):
             return self._held(value, struct, own, canonical)
-        if get_args(hint) == (str,) and all(isinstance(one, str) for one in value):
+        if is_texts and all(isinstance(one, str) for one in value):
             return [one for one in value if one]
         return [self._held(one, struct, f"{own}[{at}]", f"{canonical}[{at}]") for at, one in enumerate(value)]
 
@@ -224,11 +223,11 @@ class _Reader:
     def _counting(self, raw: Raw, own: str, canonical: str, struct: Any, *owner: Any) -> Raw:
         """What of `raw` counts, under the names of `struct`: no nulls, no empty strings where text is optional, and
         nothing that only the server sets."""
-        ignored = spec.server_fields(struct).union(*(spec.server_fields(one) for one in owner))
+        ignored, texts = _ignored(struct, *owner), optional_text(struct)
         counting = {
             name: value
-            for name, value in _without(_without_nulls(raw), ignored).items()
-            if value != "" or name not in optional_text(struct)
+            for name, value in raw.items()
+            if value is not None and name not in ignored and (value != "" or name not in texts)
         }
         for alias, real in ALIASES.get(struct, {}).items():
             if alias in counting:
@@ -316,6 +315,25 @@ def _without_nulls(raw: Raw) -> Raw:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+@cache
+def _ignored(*structs: Any) -> frozenset[str]:
+    """What only the server sets of any of these."""
+    return frozenset().union(*map(spec.server_fields, structs))
+
+
+@cache
+def structs_of(struct: Any) -> dict[str, Any]:
+    """The fields of `struct` that hold structs, or lists of them, and which."""
+    held = {name: spec.struct_of(hint) for name, hint in spec.hints(struct).items()}
+    return {name: one for name, one in held.items() if one}
+
+
+@cache
+def lists_of_text(struct: Any) -> frozenset[str]:
+    """The fields of `struct` that are lists of any text."""
+    return frozenset(name for name, hint in spec.hints(struct).items() if get_args(hint) == (str,))
 
 
 @cache

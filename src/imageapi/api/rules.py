@@ -26,7 +26,8 @@ def _walk(part: Any, path: str) -> None:
             _walk(item, f"{path}[{number}]")
     elif isinstance(part, Spec):
         for field in part.__struct_fields__:
-            _walk(getattr(part, field), f"{path}.{field}")
+            if (value := getattr(part, field)) is not None:
+                _walk(value, f"{path}.{field}")
 
 
 def _nothing(part: Any, path: str) -> None:
