@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 from imageapi.config import Site
@@ -62,7 +63,19 @@ def stands(record: AnyRecord, site: Site) -> bool:
     """Whether the record's mount stands where it was made. A kernel without mount numbers is asked by `find`."""
     number: int | None = record.facts.detail.get("mount")
     known = None if number is None else mountid.look(number)
-    return known is not None and known.mountpoint == mountinfo.place(site.mountpoint(record.token))
+    return known is not None and known.mountpoint == _real(site.mountpoint(record.token))
+
+
+def _real(path: str) -> str:
+    """A mountpoint as the kernel names it."""
+    directory, name = os.path.split(path)
+    return f"{_resolved(directory)}/{name}"
+
+
+@cache
+def _resolved(directory: str) -> str:
+    """The run directory stays where it is as long as a server works in it."""
+    return os.path.realpath(directory)
 
 
 def observe(record: AnyRecord, site: Site, facts: Callable[[Mount], Facts]) -> Facts | None:

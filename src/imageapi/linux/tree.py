@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def remove_tree(path: str) -> None:
 
 
 def _remove(parent: int, name: str) -> None:
+    if _removed_empty(parent, name):
+        return
     try:
         top = openat2(parent, name, _DIRECTORY, _INSIDE)
     except FileNotFoundError:
@@ -44,12 +47,27 @@ def _remove(parent: int, name: str) -> None:
     os.rmdir(name, dir_fd=parent)
 
 
+def _removed_empty(parent: int, name: str) -> bool:
+    """Whether the directory has had nothing in it. Raises: OSError, but not for one that has, or is gone."""
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            return False
+        raise
+    return True
+
+
 def _take_away(top: int, name: str, fresh: Iterator[str]) -> None:
     """Remove `name` from the directory `top`, its own subdirectories becoming entries of `top`."""
     try:
         os.unlink(name, dir_fd=top)
         return
     except IsADirectoryError:
+        if _removed_empty(top, name):
+            return
         child = openat2(top, name, _DIRECTORY, _INSIDE)
     try:
         for inner in os.listdir(child):

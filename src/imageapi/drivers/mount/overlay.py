@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -46,7 +47,9 @@ class Driver(LocalDriver):
     def release(self, record: AnyRecord, site: Site) -> None:
         mounts.release(record, site)
         mounts.check_gone(f"the overlay {record.key}", site.mark(record.key), record.facts.detail.get("dev"))
-        for path in (site.upperdir(record.token), site.workdir(record.token)):
+        work = site.workdir(record.token)
+        _clear_work(work)
+        for path in (site.upperdir(record.token), work):
             _remove(path)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
@@ -192,6 +195,14 @@ def _refusal(error: OSError, words: str) -> Problem | None:
 
 
 # -------------------------------------------------------------------------------------------------- the release
+
+
+def _clear_work(path: str) -> None:
+    """Remove what overlayfs leaves of itself, which is nearly always all there is: so nothing need be searched."""
+    with contextlib.suppress(OSError):
+        os.unlink(f"{path}/work/incompat/volatile/dirty")
+        for directory in ("work/incompat/volatile", "work/incompat", "work"):
+            os.rmdir(f"{path}/{directory}")
 
 
 def _remove(path: str) -> None:
