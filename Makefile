@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO_PACKAGES := busybox-static curl jq mmdebstrap mount procps squashfs-tools util-linux
 # What the tests run: a Ceph of their own, the storage daemon, makers of file systems, a compiler for odd binaries.
 TEST_PACKAGES := $(DEMO_PACKAGES) ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc git iproute2 \
-	libc6-dev qemu-block-extra qemu-system-common sudo xfsprogs
+	libc6-dev qemu-block-extra qemu-system-common strace sudo xfsprogs
 
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"
 PYTEST := $(BIN)/python -m pytest

@@ -1,0 +1,106 @@
+"""What a request costs, by counts that are the same on every machine: a clock is no test.
+
+Each bound is a little above what was counted when it was set, which stands beside it: one that is passed means that
+something costs more than it did, and is to be looked at.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lab.counting import counted, switches
+from lab.processes import processes
+from lab.server import FOREVER, Server, box, eventually, writable
+
+pytestmark = pytest.mark.api
+
+BRIEF = "/bin/true"
+
+
+def of_ours(server: Server) -> dict[int, str]:
+    """The processes of a server, of its supervisor and of what they forked, but for those of containers."""
+    names = {one.pid: one.name for one in processes().values()}
+    return {pid: name for pid, name in names.items() if name.startswith("imageapi") or pid == server.pid}
+
+
+def one_of(server: Server, name: str) -> int:
+    [pid] = [pid for pid, found in of_ours(server).items() if found == name]
+    return pid
+
+
+def warm(server: Server) -> None:
+    """Once through all of it, so that whatever is made on first use is there."""
+    made = server.post("/container", box(BRIEF))
+    server.await_state(made["id"], "exited")
+    server.delete(f"/container/{made['id']}")
+
+
+def test_what_a_create_and_a_delete_of_a_nest_ask_of_a_worker(server: Server, tmp_path: Path) -> None:
+    warm(server)
+    with counted([one_of(server, "imageapi-worker")], tmp_path / "create") as create:
+        made = server.post("/container", {"mount": writable(), "command": BRIEF})
+    assert create.total() <= 45, create  # 39
+    with counted([one_of(server, "imageapi-worker")], tmp_path / "delete") as delete:
+        server.delete(f"/container/{made['id']}")
+    assert delete.total() <= 43, delete  # 37
+    assert create["mount"] == delete["umount2"] == 2
+    assert not create["readlink"] + delete["readlink"], "all processes are looked at only when one holds something"
+
+
+def test_how_often_a_request_writes(server: Server, tmp_path: Path) -> None:
+    """Each of four records twice, as intent and as done; then one that says that it goes, and the ids to come."""
+    warm(server)
+    with counted([server.pid], tmp_path / "create") as create:
+        made = server.post("/container", box(BRIEF))
+        server.await_state(made["id"], "exited")
+    assert create["rename"] == 4 + 4 + 1, create  # and the end of the container
+    with counted([server.pid], tmp_path / "delete") as delete:
+        server.delete(f"/container/{made['id']}")
+    assert (delete["rename"], delete["unlink"]) == (2, 4), delete
+    assert create["fsync"] + create["fdatasync"] + delete["fsync"] + delete["fdatasync"] == 0
+
+
+def test_a_container_costs_no_process_but_its_own(server: Server) -> None:
+    warm(server)
+    before = Counter(of_ours(server).values())
+    made = [server.post("/container", box(FOREVER)) for _ in range(5)]
+    eventually(lambda: Counter(of_ours(server).values()) == before, "only the containers' own processes are more")
+    for one in made:
+        server.delete(f"/container/{one['id']}?force=true")
+
+
+def test_nobody_wakes_up_when_nothing_happens(server: Server) -> None:
+    warm(server)
+    running = server.post("/container", box(FOREVER))
+    eventually(lambda: "imageapi-worker" not in of_ours(server).values(), "idle workers have ended")
+    quiet = 3.0
+    eventually(lambda: not _woken(server, quiet), "nobody wakes up any more", 10 * quiet)
+    server.delete(f"/container/{running['id']}?force=true")
+
+
+def _woken(server: Server, seconds: float) -> dict[int, int]:
+    """Who of ours has run within so many seconds, and how often."""
+    before = {pid: switches(pid) for pid in of_ours(server)}
+    time.sleep(seconds)
+    after = {pid: switches(pid) for pid in of_ours(server)}
+    return {pid: count - before.get(pid, 0) for pid, count in after.items() if count != before.get(pid)}
+
+
+@pytest.mark.parametrize(
+    ("module", "most", "never"),
+    [
+        ("imageapi.server", 215, {"asyncio", "ssl", "starlette", "uvicorn"}),  # 205
+        ("imageapi.service", 420, set()),  # 398
+    ],
+)
+def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:
+    command = [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert len(found) <= most
+    assert not never & {*found}

@@ -1,0 +1,213 @@
+"""Jobs that go out together: each has its own result, and what is given up is never begun."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from imageapi.config import Site
+from imageapi.engine import worker, zygote
+from imageapi.engine.graph import Graph
+from imageapi.engine.jobs import GivenUp, Jobs
+from imageapi.engine.pool import PER_STORE, Chain, Job, Pool
+from imageapi.engine.worker import Descriptor
+from imageapi.errors import Invalid, Problem, TimedOut
+
+pytestmark = pytest.mark.pure
+
+
+class Host:
+    """What the jobs of a test do, each by the name it is given."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.failing: set[str] = set()
+        self.gates: dict[str, threading.Event] = {}
+        self.reached: dict[str, threading.Event] = {}
+        self.other_end = -1
+
+    def hold(self, name: str) -> None:
+        self.gates[name], self.reached[name] = threading.Event(), threading.Event()
+
+    def do(self, site: Site, name: str) -> object:
+        self.begun.append(name)
+        if name in self.gates:
+            self.reached[name].set()
+            assert self.gates[name].wait(10)
+        if name in self.failing:
+            raise Invalid(f"{name} fails")
+        return self._pipe() if name == "descriptor" else name.upper()
+
+    def _pipe(self) -> Descriptor:
+        self.other_end, ours = os.pipe()
+        return Descriptor(ours)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    found = Host()
+    monkeypatch.setitem(worker.JOBS, "do", found.do)
+    yield found
+    for gate in found.gates.values():
+        gate.set()
+
+
+def _fork_threads(control: socket.socket, serving: list[threading.Thread]) -> None:
+    """A zygote whose workers are threads of this process."""
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not request:
+            return
+        assert request == zygote.WORKER
+        channel = socket.socket(fileno=descriptors[0])
+        serving.append(threading.Thread(target=_serve, args=(channel,)))
+        serving[-1].start()
+
+
+def _serve(channel: socket.socket) -> None:
+    with channel, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ends with its server
+        worker.serve(channel, Site())
+
+
+Scenario = Callable[[Pool, Jobs], Coroutine[Any, Any, None]]
+
+
+def act(scenario: Scenario, timeout: float = 5.0) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    serving: list[threading.Thread] = []
+    forker = threading.Thread(target=_fork_threads, args=(theirs, serving))
+    forker.start()
+
+    async def play() -> None:
+        pool = Pool(ours, on_lost=lambda: None)
+        try:
+            await asyncio.wait_for(scenario(pool, Jobs(pool, Graph(), timeout)), 10)
+        finally:
+            pool.close()
+
+    umask = os.umask(0o022)
+    try:
+        asyncio.run(play())
+    finally:
+        os.umask(umask)
+        for thread in (forker, *serving):
+            thread.join(10)
+        theirs.close()
+
+
+def chain(*names: str) -> list[Job]:
+    return [Job("do", name) for name in names]
+
+
+def test_each_job_has_its_result(host: Host) -> None:
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        with jobs.series("local", chain("a", "b", "c")) as series:
+            assert [await series.outcome() for _ in range(3)] == ["A", "B", "C"]
+        assert host.begun == ["a", "b", "c"]
+
+    act(scenario)
+
+
+def test_what_follows_a_failure_is_not_begun(host: Host) -> None:
+    host.failing.add("b")
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        with jobs.series("local", chain("a", "b", "c")) as series:
+            assert await series.outcome() == "A"
+            with pytest.raises(Invalid, match="b fails"):
+                await series.outcome()
+            with pytest.raises(GivenUp):
+                await series.outcome()
+        assert await jobs.run("local", Job("do", "d")) == "D"
+        assert host.begun == ["a", "b", "d"]
+
+    act(scenario)
+
+
+def test_what_is_given_up_is_never_begun(host: Host) -> None:
+    host.hold("a")
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        first, second = chain("a", "b")
+        with jobs.series("local", [first, second]) as series:
+            await asyncio.to_thread(host.reached["a"].wait)
+            series.stop()
+            assert second.result.cancelled()
+            host.gates["a"].set()
+            assert await series.outcome() == "A"
+            with pytest.raises(GivenUp):
+                await series.outcome()
+        assert host.begun == ["a"]
+
+    act(scenario)
+
+
+def test_a_job_that_does_not_come_back_is_a_504(host: Host) -> None:
+    host.hold("a")
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        first, second = chain("a", "b")
+        with pytest.raises(TimedOut), jobs.series("local", [first, second]) as series:
+            await series.outcome()
+        assert second.result.cancelled()
+        assert not first.result.done()
+        host.gates["a"].set()
+        assert await first.result == "A"
+        assert host.begun == ["a"]
+
+    act(scenario, timeout=0.05)
+
+
+def test_a_descriptor_that_nobody_waits_for_is_closed(host: Host) -> None:
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        first, second = chain("a", "descriptor")
+        with jobs.series("local", [first, second]) as series:
+            await series.outcome()
+            await second.result
+        await asyncio.sleep(0)
+        with open(host.other_end, "rb") as pipe:
+            assert await asyncio.to_thread(pipe.read) == b""
+
+    act(scenario)
+
+
+def test_a_store_has_its_places(host: Host) -> None:
+    """What hangs on one store leaves others alone; what waits for a place can be taken back."""
+    names = [f"hangs{number}" for number in range(PER_STORE)]
+    for name in names:
+        host.hold(name)
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        hanging = [Job("do", name) for name in names]
+        for job in hanging:
+            pool.submit(Chain("dead", [job]))
+        waiting, kept = Chain("dead", chain("w")), Chain("dead", chain("k"))
+        [job, other] = [*waiting.jobs, *kept.jobs]
+        pool.submit(waiting)
+        pool.submit(kept)
+        assert await jobs.run("local", Job("do", "x")) == "X"
+        pool.give_up(waiting)
+        assert job.result.cancelled()
+        for name in names:
+            host.gates[name].set()
+        assert await other.result == "K"
+        assert [await one.result for one in hanging] == [name.upper() for name in names]
+        assert "w" not in host.begun
+
+    act(scenario)
+
+
+def test_a_job_larger_than_a_message_is_refused(host: Host) -> None:
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        with pytest.raises(Problem):
+            await jobs.run("local", Job("do", "x" * (2 * worker.MESSAGE)))
+        assert await jobs.run("local", Job("do", "y")) == "Y"
+
+    act(scenario)
