@@ -15,7 +15,9 @@ import pytest
 import uvloop
 
 from imageapi.api.app import app
+from imageapi.api.connection import Connections
 from imageapi.api.listen import Listeners
+from imageapi.api.request import App
 from imageapi.config import Config
 from pure.memory_engine import MemoryEngine
 
@@ -168,6 +170,85 @@ def test_a_header_over_the_limit(service: Service, parts: tuple[bytes, ...]) -> 
             peer.send(part)
         code, _ = peer.answer()
         assert code == (200 if parts[0].startswith(GET) else 431)
+        assert peer.at_end()
+
+
+class Wire(asyncio.Transport):
+    """A transport that notes what is written to it, write by write."""
+
+    def __init__(self, connection: asyncio.Protocol) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self._connection = connection
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write_eof(self) -> None:
+        self._connection.connection_lost(None)
+
+    def resume_reading(self) -> None:
+        pass
+
+
+def written(application: App, request: bytes) -> list[bytes]:
+    """What is written when a connection that says `request` is served by the application."""
+
+    async def serve() -> list[bytes]:
+        connections = Connections(application, Config())
+        connection = connections.new()
+        wire = Wire(connection)
+        connection.connection_made(wire)
+        connection.data_received(request)
+        await connections.finish()
+        return wire.writes
+
+    return uvloop.run(serve())
+
+
+@pytest.mark.parametrize("said", [GET, CREATE, POST + b"Content-Length: 2\r\n\r\n{}", b"no request\r\n\r\n"])
+def test_an_answer_is_one_write(said: bytes) -> None:
+    (answer,) = written(app(MemoryEngine(), Config()), said)
+    found = HEAD.match(answer)
+    assert found is not None
+    assert len(answer) == found.end() + int(found[2])
+
+
+def test_an_application_that_fails_is_answered_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing(*_: object) -> None:
+        raise KeyError("something of ours")
+
+    (answer,) = written(failing, GET)
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert b"something of ours" not in answer
+    assert "something of ours" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [GET.replace(b"/1.1", b"/1.0"), GET[:-2] + b"Connection: close\r\n\r\n"])
+def test_a_client_that_wants_one_answer_gets_one(service: Service, ending: bytes) -> None:
+    with service.connect() as peer:
+        peer.send(ending)
+        assert peer.answer() == (200, [])
+        assert peer.at_end()
+
+
+def test_an_idle_connection_is_closed_after_a_while() -> None:
+    with Service(keep_alive=0.1) as service, service.connect() as peer:
+        peer.send(GET)
+        assert peer.answer() == (200, [])
+        assert peer.at_end()
+
+
+def test_what_is_wrong_with_a_later_request_does_not_cost_the_earlier_one_its_answer(service: Service) -> None:
+    with service.begin() as peer:
+        peer.send(POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+        peer.send(b"more")
+        assert service.say(GET) == (200, [])
+        service.open_gate()
+        assert peer.answer()[0] == 201
         assert peer.at_end()
 
 

@@ -1,20 +1,22 @@
-"""One connection: what of HTTP is refused before there is a request, and what a slow client is allowed.
+"""One connection: requests are read off it one after the other, each is answered in its turn, and what is refused
+before there is a request is refused in our own words, in JSON. A slow client is allowed so much and no more.
 
-uvicorn's protocol answers such things in plain text or not at all; here each is a JSON answer with our own words.
+The parser is Node's, by way of httptools.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import urllib.parse
+from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any, cast
+from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.server import ServerState
+import httptools
 
+from imageapi.api.exchange import Exchange
 from imageapi.api.problems import raw
 from imageapi.api.request import App
 from imageapi.config import Config
@@ -27,46 +29,48 @@ LAST_WORDS = 1.0
 
 
 class Connections:
-    """The connections of one server."""
+    """The connections of one server, and the requests that are being answered."""
 
     def __init__(self, app: App, config: Config) -> None:
-        self._config = config
-        self._state = ServerState()
+        self.config = config
+        self.loop = asyncio.get_running_loop()  # asked once: in Python 3.11 that is a system call
+        self._app = app
+        self._open: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
-        self._uvicorn = uvicorn.Config(
-            app,
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            log_level="error",  # what it warns of are clients that we answer
-            proxy_headers=False,
-            timeout_keep_alive=max(1, round(config.keep_alive)),
-        )
-        self._uvicorn.load()
 
     def new(self) -> Connection:
-        return Connection(self._uvicorn, self._state, {}, limits=self._config, lost=self._look)
+        return Connection(self)
 
-    def _open(self) -> list[Connection]:
-        return cast("list[Connection]", list(self._state.connections))
+    def enter(self, connection: Connection) -> int:
+        """One has been made; how many there are."""
+        self._open.add(connection)
+        return len(self._open)
+
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._look()
+
+    def start(self, exchange: Exchange) -> None:
+        task = self.loop.create_task(exchange.run(self._app))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _look(self) -> None:
-        if not self._state.connections:
+        if not self._open:
             self._empty.set()
 
     async def finish(self) -> None:
         """Wait for the answers that are due, cancel what takes too long, and close all. A loop that is closed while it
         still has connections fails (EBUSY, of uv_loop_close)."""
-        for connection in self._open():
+        for connection in list(self._open):
             connection.shutdown()
-        await self._answered(self._config.graceful_timeout)
-        for task in list(self._state.tasks):
+        await self._answered(self.config.graceful_timeout)
+        for task in list(self._tasks):
             task.cancel()
         await self._answered(LAST_WORDS)
         for end in (Connection.end, Connection.abort):
-            for connection in self._open():
+            for connection in list(self._open):
                 end(connection)
             self._look()
             with contextlib.suppress(TimeoutError):
@@ -74,9 +78,9 @@ class Connections:
 
     async def _answered(self, seconds: float) -> None:
         """Wait for all requests under way, also those that a connection had waiting behind another."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        while self._state.tasks and (left := deadline - asyncio.get_running_loop().time()) > 0:
-            await asyncio.wait(set(self._state.tasks), timeout=left)
+        deadline = self.loop.time() + seconds
+        while self._tasks and (left := deadline - self.loop.time()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left)
 
 
 class Part(Enum):
@@ -87,131 +91,217 @@ class Part(Enum):
     NONE = auto()
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's, with limits, and with answers in JSON to what is no request."""
+class Connection(asyncio.Protocol):
+    """The requests of one client. `_due` are those that are not answered yet, of which the first is being so."""
 
-    def __init__(self, *arguments: Any, limits: Config, lost: Callable[[], None]) -> None:
-        super().__init__(*arguments)
-        self._limits = limits
-        self._lost = lost
+    def __init__(self, all: Connections) -> None:
+        self._all = all
+        self._limits = all.config
+        self._loop = all.loop
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._part = Part.HEAD
+        self._due: deque[Exchange] = deque()
+        self._current: Exchange | None = None
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
         self._chunk = 0
         self._head_size = 0
-        self._reading: asyncio.TimerHandle | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._paused = False
+        self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------------ begin and end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._lingering = Lingering(transport, self.loop)
-        super().connection_made(self._lingering)  # type: ignore[arg-type]
+        self._transport = Lingering(transport, self._loop)
+        name = transport.get_extra_info("sockname")
+        self._server = name[:2] if isinstance(name, tuple) else None
         limit = self._limits.listen_limit
-        if limit and len(self.connections) > limit:
+        if self._all.enter(self) > (limit or float("inf")):
             self._refuse(Exhausted(f"{limit} connections are open, which is the --listen-limit; close one"))
         else:
             self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        _cancel(self._reading)
-        _cancel(self._writing)
-        super().connection_lost(exc)
-        self._lost()
+        self._stop_waiting()
+        self.resume_writing()
+        for exchange in self._due:
+            exchange.leave()
+        del self._parser, self._current  # both hold this connection
+        self._all.leave(self)
+
+    def shutdown(self) -> None:
+        """Close when all that is due is answered."""
+        if self._due:
+            self._due[-1].keep_alive = False
+        else:
+            self._transport.close()
 
     def end(self) -> None:
         """Close once all that was said is on its way, without waiting for the client."""
-        self._lingering.end()
+        self._transport.end()
 
     def abort(self) -> None:
-        self.transport.abort()
+        self._transport.abort()
 
     # ------------------------------------------------------------------------------------------ a request
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._transport.is_closing():
             return
         self._chunk = len(data)
         self._head_size += len(data)
-        super().data_received(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # it is served as if it had not asked for one
+        except httptools.HttpParserError:
+            self._refuse(Malformed("this is no HTTP/1.1 request"))
         if self._part is Part.HEAD:
             self._check_head(self._head_size)
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self._url, self._headers = b"", []
         self._part = Part.HEAD
         self._head_size = self._chunk  # what came with its first byte may be another's: a bound, not a measure
         self._expect_request()
 
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
     def on_headers_complete(self) -> None:
-        self._check_head(len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers))
-        if not self.transport.is_closing():
-            super().on_headers_complete()
-            self._part = Part.BODY
+        self._check_head(len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers))
+        if self._transport.is_closing():
+            return
+        keep_alive = self._parser.get_http_version() != "1.0" and self._parser.should_keep_alive()
+        self._current = Exchange(self._scope(), self, self._answered, keep_alive=keep_alive)
+        self._part = Part.BODY
+        self._due.append(self._current)
+        if len(self._due) == 1:
+            self._all.start(self._current)
+        else:
+            self.pause_reading()
+
+    def _scope(self) -> dict[str, Any]:
+        url = httptools.parse_url(self._url)
+        path = url.path.decode("ascii")
+        return {
+            "type": "http",
+            "scheme": "http",
+            "server": self._server,
+            "method": self._parser.get_method().decode("ascii"),
+            "path": urllib.parse.unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+            "headers": self._headers,
+        }
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
-            super().on_body(body)
+        if self._current is not None:
+            self._current.feed(body)
 
     def on_message_complete(self) -> None:
-        _cancel(self._reading)
         self._part = Part.NONE
-        if not self.transport.is_closing():
-            super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(Malformed("this is no HTTP/1.1 request"))
+        if self._current is not None:
+            self._current.end()
+        self._rest()
 
     def _check_head(self, size: int) -> None:
         if size > self._limits.max_header_size:
             self._refuse(HeadersTooLarge(f"the header is larger than {self._limits.max_header_size} bytes"))
 
+    # ------------------------------------------------------------------------------------------- its answer
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _answered(self) -> None:
+        if not self._due.popleft().keep_alive:
+            self._transport.close()
+        if self._transport.is_closing():
+            return
+        self.resume_reading()
+        if self._due:
+            self._all.start(self._due[0])
+        elif self._part is Part.NONE:
+            self._rest()
+
+    def pause_reading(self) -> None:
+        if not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+
     # ------------------------------------------------------------------------------------- slow clients
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        """For what the client does next there is this time, and no other."""
+        self._stop_waiting()
+        self._timer = self._loop.call_later(seconds, then)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _expect_request(self) -> None:
         """From now a whole request, its body included, must come within the read timeout."""
-        _cancel(self._reading)
-        self._reading = self.loop.call_later(self._limits.read_timeout, self._request_is_late)
+        self._wait(self._limits.read_timeout, self._request_is_late)
 
     def _request_is_late(self) -> None:
-        if self.pipeline:
+        if len(self._due) > 1:
             self._expect_request()  # it is we who do not read on, before the requests ahead of it are answered
         else:
             self._refuse(TooSlow(f"the request did not come whole within {self._limits.read_timeout:g}s"))
 
+    def _rest(self) -> None:
+        """No request is being read. With none to be answered either, the connection is idle."""
+        if self._due:
+            self._stop_waiting()
+        else:
+            self._wait(self._limits.keep_alive, self._transport.close)
+
     def pause_writing(self) -> None:
-        super().pause_writing()
-        self._writing = self.loop.call_later(self._limits.write_timeout, self.transport.abort)
+        self._writable.clear()
+        self._writing = self._loop.call_later(self._limits.write_timeout, self.abort)
 
     def resume_writing(self) -> None:
-        _cancel(self._writing)
-        super().resume_writing()
+        self._writable.set()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    async def drained(self) -> None:
+        """Wait until the client has taken what was written."""
+        await self._writable.wait()
 
     # ------------------------------------------------------------------------------------------ refusals
 
     def _refuse(self, problem: Problem) -> None:
         """Answer what is no request, or only half of one, and close. While the answer to an earlier request is due,
         nothing can be said: the connection closes after that one."""
-        _cancel(self._reading)
-        if self.transport.is_closing():
+        self._stop_waiting()
+        if self._transport.is_closing():
             return
-        current, earlier = self._cycles()
-        if earlier is not None and not earlier.response_complete:
-            earlier.keep_alive = False
+        current = self._current if self._part is Part.BODY else None
+        if earlier := [one for one in self._due if one is not current]:
+            earlier[-1].keep_alive = False
             return
-        if not self.pipeline and (current is None or not current.response_started):
-            self.transport.write(raw(problem))
-        self.transport.close()
+        if current is None or not current.complete:
+            self._transport.write(raw(problem))
+        self._transport.close()
         if current is not None:
-            current.disconnected = True
-            current.message_event.set()
-
-    def _cycles(self) -> tuple[RequestResponseCycle | None, RequestResponseCycle | None]:
-        """The answering of the request that is being read, once its head is known; and of the one before."""
-        return (self.cycle, None) if self._part is Part.BODY else (None, self.cycle)
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+            current.leave()
 
 
 class Lingering:

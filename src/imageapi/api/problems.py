@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from functools import cache
 from http import HTTPStatus
 
 import msgspec
@@ -14,6 +15,7 @@ from imageapi.errors import Problem, TooLarge
 log = logging.getLogger(__name__)
 
 JSON = "application/json"
+Headers = list[tuple[bytes, bytes]]
 
 
 class Json:
@@ -25,7 +27,7 @@ class Json:
         self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-length", b"%d" % len(self._body)), (b"content-type", JSON.encode("ascii"))]
+        headers = headers_of(self._body)
         headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in self.headers.items()]
         await send({"type": "http.response.start", "status": self._status, "headers": headers})
         await send({"type": "http.response.body", "body": self._body})
@@ -51,8 +53,20 @@ def bug(request: Request, error: Exception) -> Json:
 def raw(problem: Problem) -> bytes:
     """The whole answer, for a connection on which no request could be read. It is the connection's last."""
     body = msgspec.json.encode(problem.to_dict())
-    head = (
-        f"HTTP/1.1 {problem.code} {HTTPStatus(problem.code).phrase}\r\n"
-        f"content-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode("ascii") + body
+    headers = [*headers_of(body), (b"connection", b"close")]
+    return head(problem.code, headers) + body
+
+
+def head(status: int, headers: Headers) -> bytes:
+    """All of an answer before its body."""
+    return _status_line(status) + b"".join([b"%b: %b\r\n" % header for header in headers]) + b"\r\n"
+
+
+@cache
+def _status_line(status: int) -> bytes:
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode("ascii")
+
+
+def headers_of(body: bytes) -> Headers:
+    """What every answer says of its body."""
+    return [(b"content-length", b"%d" % len(body)), (b"content-type", JSON.encode("ascii"))]
