@@ -96,7 +96,7 @@ def _woken(server: Server, seconds: float) -> dict[int, int]:
     ("module", "most", "never"),
     [
         ("imageapi.server", 215, {"asyncio", "ssl", "starlette", "uvicorn"}),  # 205
-        ("imageapi.service", 420, set()),  # 398
+        ("imageapi.service", 320, set()),  # 305
     ],
 )
 def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:

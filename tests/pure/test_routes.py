@@ -141,7 +141,7 @@ def test_head_is_a_get_without_its_body(full: Client, path: str) -> None:
         (404, "/attach/1"), (404, "/attach/rbd/0"), (404, "/attach/loopback/9"), (404, "/mount/rbd/0"),
         (404, "/mount/overlay/0"), (404, "/mount/attach/1"), (404, "/container/9"), (404, "/container/byname/nobody"),
         (404, "/attach/zfs"), (404, "/mount/zfs"), (404, "/attach/overlay"), (404, "/attach/zfs/0"),
-        (404, "/mount/3/4"),
+        (404, "/mount/3/4"), (404, "/container/{id}"), (404, "/container/0%0A"), (404, "/container/{id}/{state}"),
         (404, "/container/web"), (404, "/container/byname"), (404, "/container/byname/"), (404, "/container/"),
         (404, "/attach/-1"), (404, "/attach/" + "9" * 5000), (404, "/mount/overlay/" + "9" * 5000), (404, "/nothing"),
         (404, "/attach/loopback/x"), (404, "/attach/loopback/0/x"), (404, "/container/byname/a%2Fexited"),
