@@ -15,10 +15,14 @@ DEMO_PACKAGES := busybox-static curl jq mmdebstrap mount procps squashfs-tools u
 TEST_PACKAGES := $(DEMO_PACKAGES) ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc git iproute2 \
 	libc6-dev qemu-block-extra qemu-system-common strace sudo xfsprogs
 
-# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"
+# What the benchmark runs: whom it measures the service against, and what it makes programs and images with.
+BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6-dev mmdebstrap mount podman procps \
+	qemu-block-extra qemu-system-common runc squashfs-tools systemd-container util-linux
+
+# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest"
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test test-pure demo lock clean demo-packages test-packages
+.PHONY: help setup setup-dev check test test-pure demo bench lock clean demo-packages test-packages bench-packages
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +45,9 @@ test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts
 demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
 	$(BIN)/python -m tools.demo
 
+bench: $(VENV)/stamp-run bench-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
+	PYTHONPATH=tests $(BIN)/python -m tools.bench $(BENCH_ARGS)
+
 lock: build/uv/bin/uv  ## Pin the newest allowed releases of all dependencies, with their hashes.
 	$(COMPILE) --extra build pyproject.toml --output-file requirements.lock
 	$(COMPILE) --extra build --extra dev --constraints requirements.lock pyproject.toml --output-file requirements-dev.lock
@@ -54,6 +61,9 @@ demo-packages:
 
 test-packages:
 	@tools/apt-install $(TEST_PACKAGES)
+
+bench-packages:
+	@tools/apt-install $(BENCH_PACKAGES)
 
 # --- the virtual environment: a stamp is newer than the lock it was made from ---
 

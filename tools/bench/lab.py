@@ -1,0 +1,72 @@
+"""What every figure needs: a place in memory, our own programs compiled, and an image with two of them in it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.bench.client import Client
+from tools.bench.service import Service, running
+
+SOURCES = Path(__file__).parent / "c"
+ON_THE_HOST = ("limit", "launch")
+IN_THE_IMAGE = ("stamp", "wait")
+"""Without a C library: their first instruction is theirs."""
+BARE = ("-static", "-nostdlib", "-fno-stack-protector", "-fno-builtin")
+DIRECTORIES = ("bin", "dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "var/lib")
+
+
+class Lab(NamedTuple):
+    """`place` is a directory on a tmpfs that is gone in the end."""
+
+    place: Path
+    rounds: int
+
+    @property
+    def image(self) -> Path:
+        """A squashfs with `/bin/stamp` and `/bin/wait`, which write the time as the first thing they do."""
+        return self.place / "image.sqsh"
+
+    def program(self, name: str) -> str:
+        return str(self.place / name)
+
+    def directory(self, name: str) -> Path:
+        """A new one, empty."""
+        path = self.place / name
+        path.mkdir()
+        return path
+
+    def service(self, *options: str) -> contextlib.AbstractContextManager[tuple[Service, Client]]:
+        return running(self.place, *options)
+
+
+@contextlib.contextmanager
+def opened(rounds: int) -> Iterator[Lab]:
+    """Raises: subprocess.CalledProcessError when something cannot be made; what was said is on standard error."""
+    lab = Lab(Path(tempfile.mkdtemp(prefix="imageapi-bench-", dir="/run")), rounds)
+    try:
+        _make(lab)
+        yield lab
+    finally:
+        shutil.rmtree(lab.place)
+
+
+def _make(lab: Lab) -> None:
+    tree = lab.directory("tree")
+    for name in DIRECTORIES:
+        (tree / name).mkdir(parents=True)
+    for name in ON_THE_HOST:
+        _compile(name, lab.place / name)
+    for name in IN_THE_IMAGE:
+        _compile(name, tree / "bin" / name, *BARE)
+    subprocess.run(["mksquashfs", str(tree), str(lab.image), "-quiet", "-no-progress"], check=True)
+
+
+def _compile(name: str, program: Path, *flags: str) -> None:
+    source = str(SOURCES / f"{name}.c")
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(program), source], check=True)
