@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from imageapi.linux.mount import MS_NODEV, MS_NOSUID, mount, umount
 from tools.bench.client import Client
 from tools.bench.service import Service, running
 
@@ -48,12 +48,22 @@ class Lab(NamedTuple):
 @contextlib.contextmanager
 def opened(rounds: int) -> Iterator[Lab]:
     """Raises: subprocess.CalledProcessError when something cannot be made; what was said is on standard error."""
-    lab = Lab(Path(tempfile.mkdtemp(prefix="imageapi-bench-", dir="/run")), rounds)
-    try:
-        _make(lab)
+    with _place() as place:
+        _make(lab := Lab(place, rounds))
         yield lab
+
+
+@contextlib.contextmanager
+def _place() -> Iterator[Path]:
+    """A tmpfs of our own: /run is one on nodes, but not on every machine that this runs on, and on a disk one measures
+    its journal."""
+    place = Path(tempfile.mkdtemp(prefix="imageapi-bench-", dir="/run"))
+    try:
+        mount("imageapi-bench", str(place), "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        yield place
     finally:
-        shutil.rmtree(lab.place)
+        umount(str(place))
+        place.rmdir()
 
 
 def _make(lab: Lab) -> None:
