@@ -22,7 +22,7 @@ BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest"
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test test-pure demo bench lock clean demo-packages test-packages bench-packages
+.PHONY: help setup setup-dev check test test-pure demo bench flame lock clean demo-packages test-packages bench-packages
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image
 
 bench: $(VENV)/stamp-run bench-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
 	PYTHONPATH=tests $(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+flame: $(VENV)/stamp-run bench-packages build/py-spy/bin/py-spy  ## Draw docs/flame.svg: where the processor time of creates and deletes goes (needs root).
+	$(BIN)/python -m tools.bench.flame build/py-spy/bin/py-spy docs/flame.svg
 
 lock: build/uv/bin/uv  ## Pin the newest allowed releases of all dependencies, with their hashes.
 	$(COMPILE) --extra build pyproject.toml --output-file requirements.lock
@@ -89,7 +92,8 @@ $(VENV)/stamp-dev: requirements-dev.lock $(VENV)/stamp-run
 COMPILE = build/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock"
 
-build/uv/bin/uv:
+# Tools of ours that no other package should have to agree with, each in an environment of its own.
+build/uv/bin/uv build/py-spy/bin/py-spy:
 	@tools/find-python >/dev/null || tools/apt-install python3 python3-venv
-	"$$(tools/find-python)" -m venv build/uv
-	build/uv/bin/python -m pip --disable-pip-version-check --quiet install uv
+	"$$(tools/find-python)" -m venv build/$(@F)
+	build/$(@F)/bin/python -m pip --disable-pip-version-check --quiet install $(@F)

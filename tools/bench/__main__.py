@@ -31,7 +31,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make bench BENCH_ARGS=...", description="Measure speed and smallness.")
     parser.add_argument("--only", action="append", choices=list(FIGURES), help="this figure (may repeat)")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of what takes turns (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=80, help="rounds of what takes turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where every value goes (default: %(default)s)")
     return parser
 
