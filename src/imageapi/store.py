@@ -1,8 +1,9 @@
-"""Records on disk: one JSON file a record under `state/`, written to a temporary name and renamed, without fsync.
+"""Records on disk: one JSON file a record under `state/`, without fsync.
 
 The directory is void after a reboot, so what matters is that a process killed at any instruction leaves each file old
-or new, never torn. The caller writes a plan's records children first: a crash in between leaves records that nothing
-holds, which the next start collects. One server writes (it holds the run directory's lock).
+or new, never torn; an empty one is of a record that was not written, and nothing was made for it. The caller writes a
+plan's records children first: a crash in between leaves records that nothing holds, which the next start collects. One
+server writes (it holds the run directory's lock).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from imageapi.records import SCHEMA, AnyRecord, Key
 log = logging.getLogger(__name__)
 
 COUNTERS = "counters.json"
+PAGE = 4096
+"""Bytes, the smallest that a page has anywhere."""
 
 
 class Store:
@@ -80,10 +83,11 @@ class Store:
 
     @staticmethod
     def _discard_unfinished(directory: str) -> None:
-        """Remove what a writer that was killed had not renamed yet."""
+        """Remove what a writer that was killed had only begun."""
         for name in os.listdir(directory):
-            if name.endswith(".new"):
-                os.unlink(f"{directory}/{name}")
+            path = f"{directory}/{name}"
+            if name.endswith(".new") or os.path.getsize(path) == 0:
+                os.unlink(path)
 
     @staticmethod
     def _read(collection: str, path: str) -> AnyRecord | None:
@@ -100,12 +104,26 @@ class Store:
 
     @staticmethod
     def _publish(path: str, data: bytes) -> None:
-        descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        """Write a file so that a process killed at any instruction leaves it old or new. A page is written in one step
+        of the kernel, and so in place; what is larger is written beside it and renamed."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _write(descriptor, data)
+            size = os.fstat(descriptor).st_size
+            if max(size, len(data)) <= PAGE:
+                _write(descriptor, data.ljust(size))
+                return
         finally:
             os.close(descriptor)
-        os.rename(f"{path}.new", path)
+        _replace(path, data)
+
+
+def _replace(path: str, data: bytes) -> None:
+    descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        _write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    os.rename(f"{path}.new", path)
 
 
 def _write(descriptor: int, data: bytes) -> None:

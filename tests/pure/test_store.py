@@ -78,6 +78,30 @@ def test_a_writer_that_was_killed_leaves_the_old_record(store: Store, tmp_path: 
     assert os.listdir(tmp_path / "attach") == ["0.json"]
 
 
+def test_a_writer_that_was_killed_before_it_wrote_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "attach" / "0.json").touch()
+    assert store.load() == []
+    assert os.listdir(tmp_path / "attach") == []
+
+
+@pytest.mark.parametrize("sizes", [(10, 2000), (2000, 10), (10, 9000), (9000, 10), (9000, 8000)])
+def test_a_record_takes_the_place_of_another_whatever_their_sizes(store: Store, sizes: tuple[int, int]) -> None:
+    for size in sizes:
+        record = Record(id=0, spec=rbd(), token=1, problem="x" * size)
+        store.save(record)
+        assert store.load() == [record]
+
+
+def test_a_record_of_a_page_is_written_where_it_is(store: Store, tmp_path: Path) -> None:
+    """A new file each time is an inode each time, which some file systems do not give quickly."""
+    record = Record(id=0, spec=rbd(), token=1)
+    store.save(record)
+    before = (tmp_path / "attach" / "0.json").stat().st_ino
+    record.problem = "changed"
+    store.save(record)
+    assert (tmp_path / "attach" / "0.json").stat().st_ino == before
+
+
 def test_a_file_that_is_no_record_is_named_and_left(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,10 +121,10 @@ def test_removing_twice_is_removing_once(store: Store) -> None:
 def test_a_plan_that_cannot_be_written_whole_is_not_written(store: Store, tmp_path: Path) -> None:
     planned = plan(overlay(on(rbd())), Graph(), iter(range(9)).__next__, answers)
     assert isinstance(planned, Plan)
-    (tmp_path / "mount" / "1.json.new").mkdir()
+    (tmp_path / "mount" / "1.json").mkdir()
     with pytest.raises(IsADirectoryError):
         store.save_all(planned.steps)
-    (tmp_path / "mount" / "1.json.new").rmdir()
+    (tmp_path / "mount" / "1.json").rmdir()
     assert store.load() == []
 
 
