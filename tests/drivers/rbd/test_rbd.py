@@ -5,136 +5,36 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from drivers import interruptions
+from drivers.rbd.on_cluster import (
+    DRIVER,
+    READ_ONLY,
+    attached,
+    daemons,
+    definition,
+    is_read_only,
+    problem,
+    record,
+    spied,
+)
 from imageapi import errors, records
 from imageapi.config import Site
 from imageapi.drivers import export_loop, storage_daemon
-from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import daemon
-from imageapi.drivers.qmp import Deadline, Qmp, conversation, descriptor
+from imageapi.drivers.qmp import Qmp
 from imageapi.linux import loop, mount
-from imageapi.records import AnyRecord, Record
-from imageapi.spec import MASK, Attachment, Rbd, RbdOptions, Secret
-from lab.ceph import Cluster, free_address, wait_until
-from lab.machine import Machine
+from imageapi.spec import MASK, Rbd, RbdOptions, Secret
+from lab.ceph import Cluster, free_address
 
 pytestmark = pytest.mark.ceph
-DRIVER = Driver()
-ATTRIBUTES_VALID = 1.1
-"""Seconds for which the kernel answers questions about the exported file itself: QEMU allows it one."""
-READ_ONLY = {
-    "mon": "profile rbd",
-    "osd": "profile rbd-read-only pool=rbd, allow rw pool=rbd object_prefix rbd_header.",
-}
-
-
-@pytest.fixture(scope="module")
-def image(ceph: Cluster, small_squashfs: Path) -> str:
-    """An image of the cluster that holds a squashfs, with a snapshot `one`."""
-    ceph.import_image(str(small_squashfs), "small.sqsh")
-    ceph.snapshot("small.sqsh", "one", protect=True)
-    return "small.sqsh"
-
-
-@pytest.fixture
-def site(site: Site) -> Site:
-    """One that attaches with the storage daemon whatever the kernel has."""
-    return Site(run_dir=site.run_dir, instance=site.instance, rbd_backend="daemon")
-
-
-def definition(ceph: Cluster, image: str, *, snapshot: str | None = None, pool: str = "rbd", **options: object) -> Rbd:
-    """An attachment of `image`; as client.admin unless options say otherwise, read-only unless they say `rw`."""
-    chosen = {"secret": Secret(ceph.admin_key), "ro": "rw" not in options, **options}
-    return Rbd([ceph.monitor], pool, image, snapshot, RbdOptions(**chosen))  # type: ignore[arg-type]
-
-
-def record(what: Rbd, number: int = 0) -> AnyRecord:
-    return Record[Attachment](id=number, token=number, spec=Attachment(kind="rbd", rbd=what))
-
-
-@contextlib.contextmanager
-def attached(site: Site, what: AnyRecord) -> Iterator[str]:
-    """The block device of an attachment that stands within the context."""
-    facts = DRIVER.acquire(what, [], site)
-    try:
-        assert facts.device_file is not None
-        yield facts.device_file
-    finally:
-        DRIVER.release(what, site)
-
-
-def problem(site: Site, what: Rbd) -> errors.Problem:
-    """Why `what` cannot be attached; it must leave nothing."""
-    with pytest.raises(errors.Problem) as caught:
-        DRIVER.acquire(record(what), [], site)
-    assert os.listdir(site.helpers_dir) == []
-    assert what.options.secret is None or what.options.secret.reveal() not in str(caught.value.to_dict())
-    return caught.value
-
-
-def is_read_only(device: str) -> bool:
-    return Path(f"/sys/block/{Path(device).name}/ro").read_text() == "1\n"
-
-
-def assert_nothing_left(site: Site, when: str) -> None:
-    assert (os.listdir(site.helpers_dir), loops(site)) == ([], []), when
-
-
-def loops(site: Site) -> list[str]:
-    """The files of the site that loop devices stand on. Asked is sysfs: a device of a neighbour's may hang."""
-    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-    return [file for file in files if file.startswith(f"{site.run_dir}/")]
-
-
-def can_be_asked(device: str) -> bool:
-    try:
-        loop.status(device)
-    except OSError:
-        return False
-    return True
-
-
-def process_texts() -> dict[str, bytes]:
-    """The command line and environment of every process."""
-    found = {}
-    for path in (*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")):
-        with contextlib.suppress(OSError):
-            found[str(path)] = path.read_bytes()
-    return found
-
-
-def daemons(site: Site) -> dict[str, int]:
-    """The storage daemons of a site: their directories' names and pids."""
-    found = Path(site.helpers_dir).glob("daemon-*/pid")
-    return {path.parent.name: int(path.read_text()) for path in found}
-
-
-def spied(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments of every call of a function from now on."""
-    calls: list[tuple[Any, ...]] = []
-    original = getattr(owner, name)
-
-    def spy(*arguments: Any, **named: Any) -> Any:
-        calls.append(arguments)
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, spy)
-    return calls
-
-
-# ------------------------------------------------------------------------------------------- what works
 
 
 def test_the_device_holds_the_bytes_of_the_image(site: Site, ceph: Cluster, image: str) -> None:
@@ -381,147 +281,3 @@ def test_one_living_monitor_of_several_is_enough(site: Site, ceph: Cluster, imag
         several = Rbd([silent, free_address(), f"{ceph.monitor}:3300"], "rbd", image, None, options)
         with attached(site, record(several)) as device:
             assert Path(device).read_bytes() == ceph.read_image(image)
-
-
-# ------------------------------------------------------------------------------------------- what breaks
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_daemon_ended_in_use_is_cleared_away(site: Site, ceph: Cluster, image: str, number: int) -> None:
-    target = f"{site.mounts_dir}/here"
-    os.mkdir(target)
-    what = record(definition(ceph, image))
-    with attached(site, what) as device:
-        mount.mount(device, target, "squashfs", mount.MS_RDONLY, None)
-        (pid,) = daemons(site).values()
-        os.kill(pid, number)
-        wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
-        wait_until(lambda: not can_be_asked(device), "the kernel no longer knows the file's attributes")
-        mount.umount(target)
-        os.rmdir(target)
-    assert os.listdir(site.helpers_dir) == []
-
-
-def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(
-    site: Site, ceph: Cluster, image: str
-) -> None:
-    lost, new = (record(definition(ceph, image), number) for number in range(2))
-    with attached(site, lost):
-        (pid,) = daemons(site).values()
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: DRIVER.observe(lost, site) is None, "the daemon's end is seen")
-        with attached(site, new) as device:
-            assert Path(device).read_bytes() == ceph.read_image(image)
-
-
-def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
-    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
-    with attached(site, record(definition(ceph, image))):
-        (pid,) = daemons(site).values()
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(ATTRIBUTES_VALID)
-    assert os.listdir(site.helpers_dir) == []
-
-
-def test_a_hung_daemon_of_several_images_is_waited_for(
-    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
-    first, second = (record(definition(ceph, image), number) for number in range(2))
-    with attached(site, first), attached(site, second):
-        (pid,) = daemons(site).values()
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(ATTRIBUTES_VALID)
-        with pytest.raises(errors.TimedOut, match=ceph.monitor):
-            DRIVER.release(first, site)
-        os.kill(pid, signal.SIGCONT)
-        assert DRIVER.observe(first, site) is not None
-
-
-def test_osds_that_do_not_answer_are_a_time_out_and_leave_nothing(
-    site: Site, machine: Machine, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
-    ceph.kill_osd()
-    try:
-        refusal = problem(site, definition(ceph, image))
-    finally:
-        with machine.expecting():
-            ceph.restart_osd()
-    assert refusal.code == 504
-    assert ceph.monitor in refusal.message
-
-
-def test_reads_wait_for_an_osd_that_is_away(site: Site, machine: Machine, ceph: Cluster, image: str) -> None:
-    with attached(site, record(definition(ceph, image))) as device, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ceph.kill_osd()
-        reading = pool.submit(Path(device).read_bytes)
-        with machine.expecting():
-            ceph.restart_osd()
-        assert reading.result(timeout=60) == ceph.read_image(image)
-
-
-def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
-    site: Site, ceph: Cluster, image: str
-) -> None:
-    what = definition(ceph, image)
-    key = record(what).key
-    source = daemon.source(key, what, site)
-    storage_daemon.export(site, key, source, Deadline(20))
-    assert loops(site) == []
-    DRIVER.release(record(what), site)
-    assert os.listdir(site.helpers_dir) == []
-
-
-def test_an_attach_killed_at_any_step_is_undone_from_its_record(site: Site, ceph: Cluster, image: str) -> None:
-    what = record(definition(ceph, image))
-    for step in interruptions.deaths(lambda: DRIVER.acquire(what, [], site)):
-        DRIVER.release(what, site)
-        assert_nothing_left(site, f"after death at step {step}")
-    DRIVER.release(what, site)
-
-
-def test_an_attach_that_fails_at_any_step_leaves_nothing(site: Site, ceph: Cluster, image: str) -> None:
-    what = record(definition(ceph, image))
-    for step, failed in interruptions.errors(lambda: DRIVER.acquire(what, [], site)):
-        if not failed:
-            DRIVER.release(what, site)
-        assert_nothing_left(site, f"after an error at step {step}")
-    DRIVER.release(what, site)
-
-
-def test_a_detach_killed_at_any_step_is_finished_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
-    what = record(definition(ceph, image))
-    DRIVER.acquire(what, [], site)
-    for step in interruptions.deaths(lambda: DRIVER.release(what, site)):
-        DRIVER.release(what, site)
-        assert_nothing_left(site, f"after death at step {step}")
-        DRIVER.acquire(what, [], site)
-    DRIVER.release(what, site)
-
-
-# ------------------------------------------------------------------------------------------- the secret
-
-
-def test_the_secret_is_nowhere_to_be_read(site: Site, ceph: Cluster, image: str) -> None:
-    key = ceph.add_user("hidden", READ_ONLY)
-    what = record(definition(ceph, image, name="hidden", secret=Secret(key)))
-    with attached(site, what):
-        (pid,) = daemons(site).values()
-        assert (shown := process_texts())[f"/proc/{pid}/cmdline"]
-        assert all(key.encode() not in shown[path] for path in shown)
-        files = [path for path in Path(site.run_dir).rglob("*") if path.is_file() and path.name != "export"]
-        assert {path.name for path in files} == {"pid", "ceph.conf", "loop"}
-        assert all(key not in path.read_text() for path in files)
-        assert Path(site.helpers_dir).stat().st_mode & 0o077 == 0
-
-
-def test_the_daemon_itself_keeps_no_secret_object(site: Site, ceph: Cluster, image: str) -> None:
-    with attached(site, record(definition(ceph, image))):
-        (name,) = daemons(site)
-        directory = descriptor(f"{site.helpers_dir}/{name}")
-        with conversation(directory, "qmp", Deadline(5)) as qmp:
-            assert [each for each in qmp.execute("qom-list", path="/objects") if each["name"] != "type"] == []
-        os.close(directory)

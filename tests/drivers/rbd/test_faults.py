@@ -1,0 +1,179 @@
+"""The rbd driver when something breaks, is killed halfway, or must stay secret."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from drivers import interruptions
+from drivers.rbd.on_cluster import (
+    ATTRIBUTES_VALID,
+    DRIVER,
+    READ_ONLY,
+    assert_nothing_left,
+    attached,
+    can_be_asked,
+    daemons,
+    definition,
+    loops,
+    problem,
+    process_texts,
+    record,
+)
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.drivers import storage_daemon
+from imageapi.drivers.ceph import daemon
+from imageapi.drivers.qmp import Deadline, conversation, descriptor
+from imageapi.linux import mount
+from imageapi.spec import Secret
+from lab.ceph import Cluster, wait_until
+from lab.machine import Machine
+
+pytestmark = pytest.mark.ceph
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_ended_in_use_is_cleared_away(site: Site, ceph: Cluster, image: str, number: int) -> None:
+    target = f"{site.mounts_dir}/here"
+    os.mkdir(target)
+    what = record(definition(ceph, image))
+    with attached(site, what) as device:
+        mount.mount(device, target, "squashfs", mount.MS_RDONLY, None)
+        (pid,) = daemons(site).values()
+        os.kill(pid, number)
+        wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
+        wait_until(lambda: not can_be_asked(device), "the kernel no longer knows the file's attributes")
+        mount.umount(target)
+        os.rmdir(target)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    lost, new = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, lost):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: DRIVER.observe(lost, site) is None, "the daemon's end is seen")
+        with attached(site, new) as device:
+            assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
+    with attached(site, record(definition(ceph, image))):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(ATTRIBUTES_VALID)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_a_hung_daemon_of_several_images_is_waited_for(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_daemon, "GREETING_TIMEOUT", 1.0)
+    first, second = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, first), attached(site, second):
+        (pid,) = daemons(site).values()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(ATTRIBUTES_VALID)
+        with pytest.raises(errors.TimedOut, match=ceph.monitor):
+            DRIVER.release(first, site)
+        os.kill(pid, signal.SIGCONT)
+        assert DRIVER.observe(first, site) is not None
+
+
+def test_osds_that_do_not_answer_are_a_time_out_and_leave_nothing(
+    site: Site, machine: Machine, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "DEADLINE", 2.0)
+    ceph.kill_osd()
+    try:
+        refusal = problem(site, definition(ceph, image))
+    finally:
+        with machine.expecting():
+            ceph.restart_osd()
+    assert refusal.code == 504
+    assert ceph.monitor in refusal.message
+
+
+def test_reads_wait_for_an_osd_that_is_away(site: Site, machine: Machine, ceph: Cluster, image: str) -> None:
+    with attached(site, record(definition(ceph, image))) as device, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ceph.kill_osd()
+        reading = pool.submit(Path(device).read_bytes)
+        with machine.expecting():
+            ceph.restart_osd()
+        assert reading.result(timeout=60) == ceph.read_image(image)
+
+
+def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    what = definition(ceph, image)
+    key = record(what).key
+    source = daemon.source(key, what, site)
+    storage_daemon.export(site, key, source, Deadline(20))
+    assert loops(site) == []
+    DRIVER.release(record(what), site)
+    assert os.listdir(site.helpers_dir) == []
+
+
+def test_an_attach_killed_at_any_step_is_undone_from_its_record(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    for step in interruptions.deaths(lambda: DRIVER.acquire(what, [], site)):
+        DRIVER.release(what, site)
+        assert_nothing_left(site, f"after death at step {step}")
+    DRIVER.release(what, site)
+
+
+def test_an_attach_that_fails_at_any_step_leaves_nothing(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    for step, failed in interruptions.errors(lambda: DRIVER.acquire(what, [], site)):
+        if not failed:
+            DRIVER.release(what, site)
+        assert_nothing_left(site, f"after an error at step {step}")
+    DRIVER.release(what, site)
+
+
+def test_a_detach_killed_at_any_step_is_finished_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
+    what = record(definition(ceph, image))
+    DRIVER.acquire(what, [], site)
+    for step in interruptions.deaths(lambda: DRIVER.release(what, site)):
+        DRIVER.release(what, site)
+        assert_nothing_left(site, f"after death at step {step}")
+        DRIVER.acquire(what, [], site)
+    DRIVER.release(what, site)
+
+
+# ------------------------------------------------------------------------------------------- the secret
+
+
+def test_the_secret_is_nowhere_to_be_read(site: Site, ceph: Cluster, image: str) -> None:
+    key = ceph.add_user("hidden", READ_ONLY)
+    what = record(definition(ceph, image, name="hidden", secret=Secret(key)))
+    with attached(site, what):
+        (pid,) = daemons(site).values()
+        assert (shown := process_texts())[f"/proc/{pid}/cmdline"]
+        assert all(key.encode() not in shown[path] for path in shown)
+        files = [path for path in Path(site.run_dir).rglob("*") if path.is_file() and path.name != "export"]
+        assert {path.name for path in files} == {"pid", "ceph.conf", "loop"}
+        assert all(key not in path.read_text() for path in files)
+        assert Path(site.helpers_dir).stat().st_mode & 0o077 == 0
+
+
+def test_the_daemon_itself_keeps_no_secret_object(site: Site, ceph: Cluster, image: str) -> None:
+    with attached(site, record(definition(ceph, image))):
+        (name,) = daemons(site)
+        directory = descriptor(f"{site.helpers_dir}/{name}")
+        with conversation(directory, "qmp", Deadline(5)) as qmp:
+            assert [each for each in qmp.execute("qom-list", path="/objects") if each["name"] != "type"] == []
+        os.close(directory)
