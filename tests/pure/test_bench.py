@@ -7,10 +7,11 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from tools.bench import measure
+from tools.bench import flame, measure
 from tools.bench.client import Client, Refused, request
 from tools.bench.machine import Machine
 from tools.bench.measure import Figure, Row, Target, Unable, interleave, percentile, ratio
@@ -63,11 +64,11 @@ def test_contestants_take_turns_and_one_that_is_unable_says_why(monkeypatch: pyt
 
 
 def test_the_table_hides_neither_a_failed_figure_nor_who_does_not_run() -> None:
-    machine = Machine("processor", 2, "6.1", "none", "3.11", "abc", "today", 0.0)
-    figures = {"start": Figure("Title", [Row("crun", error="no hybrid mode")], {"plan": [1.0, 3.0, 2.0]})}
+    machine = Machine("processor", 2, "6.1", "none", "3.11", "abc", "today", 0.0, 0.0)
+    figures = {"start": Figure("Title", [Row("crun", error="no hybrid mode")], {"told": {"plan": [1.0, 3.0, 2.0]}})}
     table = "\n".join(lines(Report(machine, 1, figures, {"nest": "OSError: gone"})))
     assert "does not run here: no hybrid mode" in table
-    assert "plan 2.00" in table
+    assert "told: plan 2.00" in table
     assert "nest: FAILED: OSError: gone" in table
 
 
@@ -103,3 +104,27 @@ def test_an_error_is_raised_with_its_message(tmp_path: Path) -> None:
     said = b'HTTP/1.1 409 Conflict\r\nContent-Length: 18\r\n\r\n{"message":"busy"}'
     with _served(tmp_path, said) as client, pytest.raises(Refused, match="busy"):
         client.ask(request("DELETE", "/container/0"))
+
+
+def test_stacks_of_all_processes_are_one_picture() -> None:
+    """What is not yet a process with a work of its own is left out."""
+    begun = 'process 7:"imageapi-server --run-dir /run/x";main (imageapi/server.py:24)'
+    raw = f"""\
+{begun};run (asyncio/runners.py:86);answer <T> (imageapi/api/app.py:3) 600
+{begun};serve (imageapi/engine/worker.py:40);mount (imageapi/linux/mount.py:9) 399
+{begun};serve (imageapi/engine/worker.py:41) 1
+{begun} 5
+"""
+    root = flame.tree("all", flame.read(raw))
+    assert [(box.name, box.samples) for box in root.calls] == [("server", 600), ("worker", 400)]
+    picture = ElementTree.fromstring("\n".join(flame.drawn(root)))
+    titles = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == [
+        "all: 100.0%", "server: 60.0%", "answer <T> (api/app.py): 60.0%",
+        "worker: 40.0%", "serve (engine/worker.py): 40.0%", "mount (linux/mount.py): 39.9%",
+    ]  # fmt: skip
+
+
+def test_what_is_hardly_ever_seen_is_not_drawn() -> None:
+    root = flame.tree("all", [flame.Stack(["server", "rare"], 1), flame.Stack(["server"], 999)])
+    assert "rare" not in "\n".join(flame.drawn(root))

@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from tools.bench.contestants import tidied
 from tools.bench.figures import FIGURES
 from tools.bench.lab import Lab, opened
 from tools.bench.machine import Watch
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(names: list[str], rounds: int) -> Report:
     watch = Watch()
     report = Report(watch.machine, rounds)
-    with opened(rounds) as lab:
+    with tidied(), opened(rounds) as lab:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             _measure_one(name, lab, report)

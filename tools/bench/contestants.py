@@ -15,6 +15,9 @@ from tools.bench.measure import MILLISECOND, Contestant, Unable
 
 UNIFIED = Path("/sys/fs/cgroup/unified")
 """Where cgroup v2 is mounted beside v1 (systemd's "hybrid")."""
+_GROUPS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
+_TRACES = ("/run/crun", *(f"{parent}/{name}" for parent in _GROUPS for name in ("payload", "supervisor")))
+"""Empty directories and control groups: crun's --version, and systemd-nspawn where systemd does not rule."""
 
 
 class Limit:
@@ -51,6 +54,19 @@ def limit(lab: Lab) -> Iterator[Limit]:
 
 
 # ------------------------------------------------------------------------------------------------ the peers
+
+
+@contextlib.contextmanager
+def tidied() -> Iterator[None]:
+    """In the end what the peers leave in `_TRACES` is gone, unless it was there before."""
+    new = [path for path in map(Path, _TRACES) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in new:
+            for each in sorted([path, *path.rglob("*/")], reverse=True):
+                with contextlib.suppress(FileNotFoundError):
+                    each.rmdir()
 
 
 def peers(lab: Lab, root: str) -> dict[str, Contestant]:

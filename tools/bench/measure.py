@@ -48,11 +48,12 @@ class Row(msgspec.Struct):
 
 
 class Figure(msgspec.Struct):
-    """What one function of `figures/` has found. `stages` are the server's own account of it, by Server-Timing."""
+    """What one function of `figures/` has found. `stages` says where the time of it went: for each account of it the
+    milliseconds of each stage, in their order."""
 
     title: str
     rows: list[Row]
-    stages: dict[str, list[float]] = {}
+    stages: dict[str, dict[str, list[float]]] = {}
 
 
 def percentile(values: Sequence[float], part: float) -> float:

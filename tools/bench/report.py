@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import msgspec
 
@@ -13,6 +14,8 @@ from tools.bench.measure import Figure, Row, Target, percentile, ratio
 
 WIDTH = 44
 """Of the first column, in characters."""
+WIDEST = 110
+"""Characters of a line."""
 
 
 class Report(msgspec.Struct):
@@ -47,8 +50,9 @@ def _machine_lines(report: Report) -> Iterator[str]:
     machine = report.machine
     yield f"commit {machine.commit}, {machine.date}; {report.rounds} rounds, {machine.seconds:.0f} s"
     yield f"{machine.processor}, {machine.cores} cores, Linux {machine.kernel}, Python {machine.python}"
-    load = f"load {machine.load_before:.2f} before, {machine.load_after:.2f} after"
-    yield f"{load}; {machine.steal:.1%} of the processors' time stolen; frequency governor: {machine.governor}"
+    before = f"before: load {machine.load_before:.2f}, {machine.busy_before:.0%} busy"
+    after = f"after: load {machine.load_after:.2f}, {machine.busy_after:.0%} busy"
+    yield f"{before}; {after}; stolen by the host: {machine.steal:.1%}; frequency governor: {machine.governor}"
 
 
 def _row_line(row: Row, rows: Sequence[Row]) -> str:
@@ -80,10 +84,10 @@ def _against(target: Target, value: float | None) -> str:
     return f"{wanted}: MISSED by {missed:.0%}" if missed else f"{wanted}: met"
 
 
-def _stage_lines(stages: dict[str, list[float]]) -> Iterator[str]:
-    if stages:
-        told = (f"{name} {statistics.median(taken):.2f}" for name, taken in stages.items())
-        yield f"  stages of the answer, as the server tells them (medians, ms): {', '.join(told)}"
+def _stage_lines(accounts: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+    for account, stages in accounts.items():
+        told = ", ".join(f"{name} {statistics.median(taken):.2f}" for name, taken in stages.items())
+        yield from wrap(f"{account}: {told}", WIDEST, initial_indent="  ", subsequent_indent="    ")
 
 
 def _number(value: float) -> str:

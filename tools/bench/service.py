@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from tools.bench.client import Client, Refused, request
 SERVER = Path(sys.executable).parent / "imageapi-server"
 PATIENCE = 30.0
 """Seconds until something that should happen is given up."""
+LOOK = 0.0005
+"""Seconds between two looks at whether the server listens: without any this would take a processor from it."""
 COLLECTIONS = ("container", "mount", "attach")
 
 
@@ -49,6 +52,7 @@ class Service:
                 return Client(self.socket)
             if self._process.poll() is not None:
                 raise Refused("the server has ended; its words are above")
+            time.sleep(LOOK)
         raise TimeoutError("the server does not listen")
 
     def stop(self) -> None:
@@ -88,7 +92,7 @@ class Service:
 @contextlib.contextmanager
 def running(place: Path, *options: str) -> Iterator[tuple[Service, Client]]:
     """A service, and a connection to it. In the end what was made in it must be gone, and then it goes too."""
-    service = Service(place / "run", *options)
+    service = Service(Path(tempfile.mkdtemp(prefix="run-", dir=place)), *options)
     try:
         with service.connect() as client:
             try:
@@ -97,10 +101,11 @@ def running(place: Path, *options: str) -> Iterator[tuple[Service, Client]]:
                 yield service, client
                 service.check_nothing_left(client)
             finally:
-                clear(client)
+                with service.connect() as another:  # the first may have an answer under way that nobody waits for
+                    clear(another)
     finally:
         service.stop()
-        shutil.rmtree(service.run_dir, ignore_errors=True)
+        shutil.rmtree(service.run_dir)
 
 
 def clear(client: Client) -> None:
