@@ -22,8 +22,8 @@ _GUEST = 8
 
 
 class Machine(msgspec.Struct):
-    """`busy_before` and `busy_after` are the parts of all processor time that others used just then, `steal` is the part
-    that the host of this machine gave to others during the run (0 to 1)."""
+    """`busy_before` and `busy_after` are the parts of all processor time that others used just then, and `steal` is the
+    part that this machine's host gave to others during the run (0 to 1)."""
 
     processor: str
     cores: int
