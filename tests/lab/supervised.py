@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import select
 import signal
@@ -132,6 +133,28 @@ class Supervised:
         """What the supervisor knows of a life."""
         return next(life for life in self.do(self.client.list()) if life.id == started.id)
 
+    # ------------------------------------------------------------------------------------------- what is kept
+
+    def name(self, started: Started) -> str:
+        """Under what the supervisor keeps what belongs to a life."""
+        entry = json.loads(Path(self.site.supervisor_dir, f"{started.id}.json").read_text())
+        return str(entry["name"])
+
+    def fifo(self, started: Started) -> Path:
+        """Where a life prints."""
+        return Path(self.site.supervisor_dir, f"{self.name(started)}.out")
+
+    def kept(self) -> set[str]:
+        """The files that are there for lives, and the names of parked pidfds; the child in waiting's are left out."""
+        files = set(os.listdir(self.site.supervisor_dir)) - {"keep", "lock", "log", "socket"}
+        parked = set(os.listdir(f"{self.site.supervisor_dir}/keep/pids"))
+        ahead = {name for pid in self.waiting() for name in _kept_for(pid)}
+        return (files | parked) - ahead
+
+    def waiting(self) -> list[int]:
+        """The child in waiting, when there is one."""
+        return [pid for pid in self.children() if Path(f"/proc/{pid}/comm").read_text() == "imageapi-child\n"]
+
     # ----------------------------------------------------------------------------------------------------- logs
 
     def log(self, container: int = 0) -> str:
@@ -190,6 +213,12 @@ class Supervised:
         self.client.close()
         self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
+
+
+def _kept_for(pid: int) -> tuple[str, str]:
+    """A child's FIFO, and the name that its pidfd is parked under."""
+    fifo = Path(os.readlink(f"/proc/{pid}/fd/1"))
+    return fifo.name, fifo.stem
 
 
 def _ended(descriptor: int) -> bool:

@@ -114,8 +114,10 @@ def test_only_regular_files_are_opened(root: int, tmp_path: Path) -> None:
 
 def test_a_line_is_one_line_in_the_tutorials_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "localtime", lambda: (2021, 2, 11, 0, 8, 34, 3, 42, 0))
-    line = logs.line("container(0)", "container\ncreated")
-    assert line == b"2021/02/11 00:08:34 container(0): container created\n"
+    told = logs.lines("container(0)", ["container\ncreated", "container deleted"])
+    assert told == (
+        b"2021/02/11 00:08:34 container(0): container created\n2021/02/11 00:08:34 container(0): container deleted\n"
+    )
 
 
 def test_a_log_grows_line_by_line(tmp_path: Path) -> None:
@@ -129,8 +131,8 @@ def test_a_log_grows_line_by_line(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_it_does_before_it_does_it() -> None:
-    plain = [step.describe() for step in layout.plan(None) if step.describe()]
-    systemd = [step.describe() for step in layout.plan(99) if step.describe()]
+    plain = [step.describe() for step in layout.PLAIN if step.describe()]
+    systemd = [step.describe() for step in layout.SYSTEMD if step.describe()]
     assert [line for line in systemd if line in plain] == plain
     assert [line.split()[-1] for line in systemd if line not in plain] == [
         *("/run", "/tmp", "/sys/fs/cgroup", "/var/lib/journal"),

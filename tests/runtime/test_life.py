@@ -173,7 +173,7 @@ def test_a_container_outlives_its_supervisor(supervised: Supervised) -> None:
 def test_the_code_of_an_end_that_no_supervisor_saw_is_known(supervised: Supervised, code: int) -> None:
     started = supervised.shell(f"trap 'exit {code}' TERM; echo ready; while :; do sleep 0.01; done")
     await_line(supervised, "ready")
-    eventually(lambda: _parked(supervised), "its pidfd is parked")
+    assert supervised.name(started) in supervised.kept(), "its pidfd is parked before it executes"
     descriptor = pidfd.pidfd_open(started.pid)
     supervised.kill_supervisor()
     os.kill(started.pid, signal.SIGTERM)
@@ -182,10 +182,6 @@ def test_the_code_of_an_end_that_no_supervisor_saw_is_known(supervised: Supervis
     supervised.resume()
     assert supervised.end_of(started).exit_code == code
     assert supervised.life(started).exit_code == code
-
-
-def _parked(supervised: Supervised) -> bool:
-    return bool(os.listdir(f"{supervised.site.supervisor_dir}/keep/pids"))
 
 
 def test_the_code_of_an_end_that_the_next_supervisor_sees_is_known(supervised: Supervised) -> None:
@@ -202,13 +198,13 @@ def test_a_full_pipe_waits_for_the_next_supervisor(supervised: Supervised) -> No
     await_line(supervised, "ready")
     supervised.kill_supervisor()
     os.kill(started.pid, signal.SIGTERM)
-    eventually(lambda: _waiting(f"{supervised.site.supervisor_dir}/0.out") == output.CHUNK, "the pipe is full")
+    eventually(lambda: _waiting(supervised.fifo(started)) == output.CHUNK, "the pipe is full")
     supervised.resume()
     supervised.end_of(started)
     assert supervised.printed() == "ready\n" + "".join(f"{number}\n" for number in range(1, 50001))
 
 
-def _waiting(fifo: str) -> int:
+def _waiting(fifo: Path) -> int:
     """The bytes in a FIFO (FIONREAD)."""
     end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -249,8 +245,7 @@ def test_killed_at_any_moment_of_a_start_it_leaves_nothing_half_made(supervised:
             supervised.kill(started)
             supervised.do(supervised.client.forget(started.id, started.attempt))
     eventually(lambda: len(supervised.children()) == 1, "there is nothing but the child in waiting")
-    assert os.listdir(f"{supervised.site.supervisor_dir}/keep/pids") == []
-    assert set(os.listdir(supervised.site.supervisor_dir)) == {"keep", "lock", "log", "socket"}
+    assert supervised.kept() == set()
 
 
 def test_a_second_supervisor_ends_at_once(supervised: Supervised) -> None:
@@ -291,10 +286,12 @@ def test_many_lives_are_listed_whole(supervised: Supervised, monkeypatch: pytest
 
 
 def test_what_a_supervisor_had_not_noted_when_it_died_is_cleared_away(supervised: Supervised) -> None:
-    """A FIFO without an entry: that of a start that came no further. Those of containers that run stay."""
-    supervised.start("/bin/sleep", "1000", container=3)
+    """That of its child in waiting, and of a start that came no further. What containers that run need stays."""
+    started = supervised.start("/bin/sleep", "1000", container=3)
+    eventually(supervised.waiting, "there is a child in waiting")
     supervised.kill_supervisor()
     os.mkfifo(f"{supervised.site.supervisor_dir}/7.out")
     supervised.resume()
     assert len(supervised.do(supervised.client.list())) == 1
-    assert {name for name in os.listdir(supervised.site.supervisor_dir) if name.endswith(".out")} == {"3.out"}
+    eventually(supervised.waiting, "there is a child in waiting again")
+    assert supervised.kept() == {"3.json", supervised.fifo(started).name, supervised.name(started)}

@@ -103,6 +103,7 @@ def test_it_is_taken_up_by_the_next_supervisor(supervised: Supervised) -> None:
     await_running(started)
     supervised.signal(started, HALT)
     assert supervised.end_of(started).exit_code in (0, 128 + signal.SIGINT)
+    assert not supervised.life(started).running  # asked after the news, it has cleared up before it answers
     assert os.listdir(f"{supervised.site.supervisor_dir}/keep/hosts") == []
 
 

@@ -32,7 +32,8 @@ SYS_ustat = {"x86_64": 136}.get(os.uname().machine, -1)
 """-1 elsewhere, which the kernel answers with ENOSYS."""
 
 libc = ctypes.CDLL(None, use_errno=True)
-"""For functions without a prototype below; calls release the GIL."""
+"""For functions without a prototype below, each of which is looked for in all libraries when it is first called, and in
+a forked process again; calls release the GIL."""
 
 libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 libc.mount.restype = ctypes.c_int
@@ -46,6 +47,8 @@ libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 libc.setns.restype = ctypes.c_int
 libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 libc.statx.restype = ctypes.c_int
+libc.prctl.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+libc.prctl.restype = ctypes.c_int
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.madvise.restype = ctypes.c_int
 libc.syscall.restype = ctypes.c_long

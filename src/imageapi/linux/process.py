@@ -1,18 +1,34 @@
-"""What a process can say of itself: its name, its descriptors, its signals, whom it dies with. See prctl(2)."""
+"""What a process can say of itself: its name, its descriptors, its signals, its limits, whom it dies with. See
+prctl(2), getrlimit(2).
+"""
 
 from __future__ import annotations
 
 import os
+import resource
+import signal
 
 from imageapi.linux.libc import SYS_rt_sigaction, check, libc, syscall
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+
+_UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+LIMITS: tuple[tuple[int, tuple[int, int]], ...] = (
+    (resource.RLIMIT_STACK, (8 << 20, resource.RLIM_INFINITY)),
+    (resource.RLIMIT_CORE, (0, resource.RLIM_INFINITY)),
+    (resource.RLIMIT_NICE, (0, 0)),
+    (resource.RLIMIT_RTPRIO, (0, 0)),
+    *((number, _UNLIMITED) for number in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA)),
+    *((number, _UNLIMITED) for number in (resource.RLIMIT_FSIZE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_NPROC)),
+)
+"""systemd's own defaults for a service, and no limit on locked memory, which RDMA needs; beside them DESCRIPTORS."""
+DESCRIPTORS = (1024, 524288)
 
 
 def name(text: str) -> None:
-    """What ps shows in its CMD column for this process: at most 15 characters (comm in proc(5))."""
-    with open("/proc/self/comm", "w") as file:
-        file.write(text[:15])
+    """What ps shows in its CMD column for this process: at most 15 bytes (comm in proc(5))."""
+    check(libc.prctl(PR_SET_NAME, os.fsencode(text)[:15], 0, 0, 0), text)
 
 
 def die_with_parent(signal: int) -> None:
@@ -27,7 +43,8 @@ def close_all_but(*kept: int) -> None:
     """Close every descriptor above stderr except those `kept`."""
     low = 3
     for descriptor in sorted(kept):
-        os.closerange(low, descriptor)
+        if low < descriptor:
+            os.closerange(low, descriptor)
         low = max(low, descriptor + 1)
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
@@ -48,3 +65,35 @@ def reset_signal(number: int) -> None:
     """Give a signal its default action again. The C library refuses this for 32 and 33, which are its own, but a
     process that ignores them hands that on to whatever it executes: so the kernel is asked (rt_sigaction(2))."""
     syscall(SYS_rt_sigaction, number, _DEFAULT, None, _SIGSET_SIZE)
+
+
+def renounce() -> None:
+    """Give up what this process was started with, for all that it forks: supplementary groups, a priority, limits, a
+    mask of signals, and signals that are ignored. They get a handler that does nothing: this process goes on taking
+    none of them, and one that executes has the default (execve(2))."""
+    os.setgroups([])
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
+    for number, (soft, hard) in LIMITS:
+        limit(number, soft, hard)
+    for ignored in ignored_signals():
+        try:
+            signal.signal(ignored, lambda *_: None)
+        except (OSError, ValueError):
+            reset_signal(ignored)  # one of the C library's own
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def limit(number: int, soft: int, hard: int) -> None:
+    """Set a limit; what may not be raised (CAP_SYS_RESOURCE) stays as it is."""
+    try:
+        resource.setrlimit(number, (soft, hard))
+    except ValueError:
+        _, most = resource.getrlimit(number)
+        within = [value if value != resource.RLIM_INFINITY and value < most else most for value in (soft, hard)]
+        resource.setrlimit(number, (within[0], within[1]))
+
+
+def reset_oom_score() -> None:
+    """Be neither spared nor preferred when memory runs out."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")

@@ -1,7 +1,8 @@
 """A process that is to become a container: cloned into its namespaces, waiting to be told which.
 
-One is always kept in waiting, so that a start does not wait for the clone, its longest part. It has none of the
-supervisor's descriptors but those a start needs, and ends when the supervisor does.
+One is always kept in waiting, so that a start does not wait for the clone and all else that can be done before: its
+parts of a root are made, its output has a FIFO, and its pidfd is parked in the keep. It has none of the supervisor's
+descriptors but those a start needs, and ends when the supervisor does.
 """
 
 from __future__ import annotations
@@ -10,47 +11,81 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from imageapi.linux import namespaces, pidfd
-from imageapi.runtime import init
+from imageapi.runtime import init, output
+from imageapi.runtime.keep import Keep
 from imageapi.runtime.protocol import encode
 
 FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
 
 
 class Child(NamedTuple):
-    """`tie` is our end of the pair that ties it to us: orders go down, and a failure comes up; the end of it is
-    an exec. `born` is its start time."""
+    """What is kept for it is kept under `name`. `tie` is our end of the pair that ties it to us: orders go down, and a
+    failure comes up; the end of it is an exec. `output` is our end of its FIFO, `born` its start time, and `parked`
+    whether the kernel could park its pidfd."""
 
+    name: str
     pid: int
     pidfd: int
     tie: socket.socket
+    output: int
     born: int
+    parked: bool
 
     def order(self, orders: init.Orders, descriptors: Sequence[int]) -> None:
         """Say what it is to become. Raises: OSError, when it is no more."""
         socket.send_fds(self.tie, [encode(orders)], list(descriptors))
 
-    def dismiss(self) -> None:
+
+class Nursery(NamedTuple):
+    """Where children are born: what they inherit, and where what is kept for them is."""
+
+    given: init.Inheritance
+    keep: Keep
+
+    def bear(self, group: str | None = None, born_in: int | None = None) -> Child:
+        """A new child; for systemd one in the cgroup2 group `born_in`, and in those named `group` elsewhere.
+
+        Raises: OSError.
+        """
+        name = f"{time.monotonic_ns():x}"
+        with contextlib.ExitStack() as undo:
+            end = output.make(self.given.directory, name)
+            undo.callback(output.remove, self.given.directory, name)
+            undo.callback(os.close, end)
+            pid, descriptor, tie = self._clone(name, group, born_in)
+            undo.pop_all()
+        parked = self.keep.park(descriptor, name)
+        return Child(name, pid, descriptor, tie, end, pidfd.start_time(pid) or 0, parked)
+
+    def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid, descriptor = namespaces.clone(FLAGS, born_in)
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                init.run(theirs, self.given, name, group)
+        return pid, descriptor, ours
+
+    def dismiss(self, child: Child) -> None:
         """End it, and wait for that: it has done nothing yet that could take long."""
         with contextlib.suppress(ProcessLookupError):
-            pidfd.send_signal(self.pidfd, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        os.close(self.pidfd)
-        self.tie.close()
+            pidfd.send_signal(child.pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+        os.close(child.pidfd)
+        os.close(child.output)
+        child.tie.close()
+        self.clear(child.name, child.parked)
 
-
-def bear(given: init.Inheritance, born_in: int | None = None) -> Child:
-    """A new child, in the cgroup2 group `born_in`. Raises: OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        try:
-            pid, descriptor = namespaces.clone(FLAGS, born_in)
-        except OSError:
-            ours.close()
-            raise
-        if pid == 0:
-            init.run(theirs, given)
-    return Child(pid, descriptor, ours, pidfd.start_time(pid) or 0)
+    def clear(self, name: str, parked: bool) -> None:
+        """Remove what is kept for a child that has ended."""
+        output.remove(self.given.directory, name)
+        if parked:
+            self.keep.unpark(name)

@@ -21,7 +21,7 @@ import msgspec
 from imageapi import errors
 from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import entries, init, output
-from imageapi.runtime.child import Child, bear
+from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop, Timer
@@ -41,13 +41,13 @@ class Surroundings(NamedTuple):
     directory: int
     logs: int
     keep: Keep
+    nursery: Nursery
     loop: Loop
     boot_id: str
     instance: str
     mark_prefix: str
     hierarchies: Sequence[tuple[cgroup.Hierarchy, int]]
     freezer: int | None
-    inheritance: init.Inheritance
 
     def sweep_groups(self, used: Collection[str]) -> None:
         """Remove the cgroups of lives that are not known: their supervisor died before it could note them."""
@@ -70,6 +70,11 @@ def group_name(mark: str) -> str:
 class Container:
     """A life. `ended` is called once, when it is over and its end on disk, with the news of it; None for a start that
     failed, of which nothing is left."""
+
+    __slots__ = (
+        *("_around", "_ended", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
+        *("_ours", "_parked", "entry"),
+    )
 
     def __init__(self, around: Surroundings, ended: Callable[[Container, Ended | None], None]) -> None:
         self._around = around
@@ -95,37 +100,36 @@ class Container:
         Raises: OSError, errors.Problem, when there is no child; nothing is left then.
         """
         self._answer = answer
-        group = group_name(f"{order.mark}-{order.attempt}")
-        orders = init.Orders(order, self._around.uuid(order.id), group)
-        with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
-            self._output = output.make(self._around.directory, order.id)
-            undo.callback(output.remove, self._around.directory, order.id)
-            undo.callback(os.close, self._output)
-            if order.systemd:
-                host = self._open_host(f"{order.id}.{order.attempt}", passing, undo)
-                child = bear(self._around.inheritance, self._make_group(group, passing, undo))
-                child.order(orders, (root, host))
-            else:
-                child = self._order_spare(spare, orders, root) or self._order_new(orders, root)
-            undo.pop_all()
-        self._begin(order, child, group)
+        orders = init.Orders(order, self._around.uuid(order.id))
+        if order.systemd:
+            child, groups = self._bear_systemd(order, orders, root)
+        else:
+            child, groups = self._order_spare(spare, orders, root) or self._order_new(orders, root), []
+        self._begin(order, child, groups)
 
-    @staticmethod
-    def _order_spare(spare: Child | None, orders: init.Orders, root: int) -> Child | None:
+    def _order_spare(self, spare: Child | None, orders: init.Orders, root: int) -> Child | None:
         """The spare, if there is one and it lives."""
         if spare is None:
             return None
         try:
             spare.order(orders, (root,))
         except OSError:
-            spare.dismiss()
+            self._around.nursery.dismiss(spare)
             return None
         return spare
 
     def _order_new(self, orders: init.Orders, root: int) -> Child:
-        child = bear(self._around.inheritance)
-        child.order(orders, (root,))
-        return child
+        return _ordered(self._around.nursery.bear(), orders, root)
+
+    def _bear_systemd(self, order: Start, orders: init.Orders, root: int) -> tuple[Child, list[str]]:
+        """A child of its own cgroups, with their directories."""
+        group = group_name(f"{order.mark}-{order.attempt}")
+        with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
+            child = self._around.nursery.bear(group, self._make_group(group, passing, undo))
+            undo.callback(self._around.nursery.dismiss, child)
+            _ordered(child, orders, root, self._open_host(child.name, passing, undo))
+            undo.pop_all()
+        return child, [f"{one.directory}/{group}" for one, _ in self._around.hierarchies]
 
     def _open_host(self, name: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
         """The directory that systemd gets to notify us, as a tree."""
@@ -147,29 +151,33 @@ class Container:
                 return born_in
         raise errors.Unsupported("systemd needs cgroup2, which is not mounted on this host; mount it, and start again")
 
-    def _begin(self, order: Start, child: Child, group: str) -> None:
+    def _begin(self, order: Start, child: Child, groups: list[str]) -> None:
         """A child has its orders: put it on disk, open its gate, and watch it."""
-        self._ours = True
-        self._pidfd, self._tie = child.pidfd, child.tie
-        groups = [f"{one.directory}/{group}" for one, _ in self._around.hierarchies] if order.systemd else []
+        self._ours, self._parked = True, child.parked
+        self._pidfd, self._tie, self._output = child.pidfd, child.tie, child.output
         self.entry = Entry(
             life=Life(id=order.id, attempt=order.attempt, pid=child.pid, start_time=_ticks()),
+            name=child.name,
             boot_id=self._around.boot_id,
             born=child.born,
-            inode=pidfd.inode(self._pidfd),
+            inode=pidfd.inode(child.pidfd),
             logfile=order.logfile,
             groups=groups,
         )
+        self._open_gate(child.tie)
         self._watch()
-        self._around.loop.watch(self._tie.fileno(), self._on_tie)
-        self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
+        if self._tie is not None:
+            self._around.loop.watch(self._tie.fileno(), self._on_tie)
+            self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
+
+    def _open_gate(self, tie: socket.socket) -> None:
         try:
             entries.save(self._around.directory, self.entry)
-            self._park()  # while the child is busy with its root: it costs no time
-            self._tie.send(OPEN_GATE)
+            tie.send(OPEN_GATE)
+        except BrokenPipeError:
+            pass  # it has failed by itself, and said why
         except OSError as error:
-            if not isinstance(error, BrokenPipeError):  # that one has failed by itself, and said why
-                self._fail(errors.from_oserror(error, "noting the container's process"))
+            self._fail(errors.from_oserror(error, "noting the container's process"))
 
     def _watch(self) -> None:
         loop = self._around.loop
@@ -235,9 +243,6 @@ class Container:
             self._answer(answer)
             self._answer = None
 
-    def _park(self) -> None:
-        self._parked = self._around.keep.park(self._pidfd, self.entry.name)
-
     # ------------------------------------------------------------------------------------------------- adoption
 
     def adopt(self, entry: Entry) -> None:
@@ -255,14 +260,13 @@ class Container:
         self._pidfd = found
         self._reopen()
         self._watch()
-        if not self._parked:
-            self._park()
+        self._parked = self._parked or self._around.keep.park(found, entry.name)
 
     def _reopen(self) -> None:
         try:
-            self._output = output.reopen(self._around.directory, self.life.id)
+            self._output = output.reopen(self._around.directory, self.entry.name)
         except FileNotFoundError:
-            self._output = output.make(self._around.directory, self.life.id)
+            self._output = output.make(self._around.directory, self.entry.name)
         if self.entry.groups:
             self._notify = self._around.keep.listen(self.entry.name)
 
@@ -320,7 +324,8 @@ class Container:
         return found.si_status if found.si_code == os.CLD_EXITED else 128 + found.si_status
 
     def _finish(self, code: int | None) -> None:
-        """The first process has ended, and so have all others: note it, reap it, tell of it."""
+        """The first process has ended, and so have all others: note it, tell of it, and reap it. What did not come to
+        execute its command is told when nothing is left of it."""
         if not self.life.running:
             return
         if self._output >= 0:
@@ -332,12 +337,13 @@ class Container:
             entries.remove(self._around.directory, self.life.id)
         else:
             self._note()
+            self._ended(self, Ended(over.id, over.attempt, code, over.finished_at or ""))
         if self._ours:
             self._wait(os.WEXITED)
         self._clear()
         if failed:
             self._say(self._failure())
-        self._ended(self, None if failed else Ended(over.id, over.attempt, code, over.finished_at or ""))
+            self._ended(self, None)
 
     def _note(self) -> None:
         """Write the end to disk. A disk that is full must not keep the end from those who wait for it."""
@@ -356,9 +362,7 @@ class Container:
                 loop.unwatch(descriptor)
                 os.close(descriptor)
         self._pidfd = self._output = -1
-        output.remove(around.directory, self.life.id)
-        if self._parked:
-            around.keep.unpark(self.entry.name)
+        around.nursery.clear(self.entry.name, self._parked)
         if self._notify is not None:
             loop.unwatch(self._notify.fileno())
             self._notify.close()
@@ -372,6 +376,13 @@ class Container:
             busy = [path for path in self.entry.groups if not _remove_group(path)]
         if busy and tries:
             self._around.loop.after(EBUSY_PAUSE, lambda: self._remove_groups(tries - 1))
+
+
+def _ordered(child: Child, orders: init.Orders, *descriptors: int) -> Child:
+    """A child that was just born, with its orders. One that has failed by then has said why, which is read as ever."""
+    with contextlib.suppress(BrokenPipeError):
+        child.order(orders, descriptors)
+    return child
 
 
 def _remove_group(path: str) -> bool:

@@ -17,20 +17,16 @@ SUFFIX = ".json"
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A life, and how to know its process again: `born` is its start time, which may be long before it executed the
-    command, and `inode` its pidfd's, where pidfds have one of their own. `groups` are the directories of its cgroups,
-    for systemd."""
+    command, and `inode` its pidfd's, where pidfds have one of their own. What is kept for it is kept under `name`.
+    `groups` are the directories of its cgroups, for systemd."""
 
     life: Life
+    name: str
     boot_id: str
     logfile: str
     born: int
     inode: int | None = None
     groups: list[str] = []
-
-    @property
-    def name(self) -> str:
-        """What is kept for this life is kept under it."""
-        return f"{self.life.id}.{self.life.attempt}"
 
 
 _encode = msgspec.json.Encoder().encode

@@ -1,18 +1,17 @@
 """The first process of a container, from its clone to its exec.
 
-It is in namespaces of its own, waits for its orders and makes its root; nothing it does outlives it, so that one whose
-supervisor dies meanwhile has only to end, which it does at the gate. Once the image is its root, no descriptor of the
-host's is left but the log, the tie to the supervisor, and what a step hands over: no symbolic link of the image's
-leads out.
+It is in namespaces of its own, and makes what it can before it knows what it is to become; then it waits for its
+orders and makes its root. Nothing it does outlives it, so that one whose supervisor dies meanwhile has only to end,
+which it does at the gate. Once the image is its root, no directory of the host's is open, and no symbolic link of the
+image's leads out.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import msgspec
@@ -30,61 +29,52 @@ from imageapi.linux.mount import (
     umount,
 )
 from imageapi.runtime import command, layout, logs, output
-from imageapi.runtime.protocol import MESSAGE, Start
-from imageapi.runtime.steps import Step
+from imageapi.runtime.protocol import MESSAGE, Start, encode
+from imageapi.runtime.steps import Step, Tree, take
 
 NOT_EXECUTED = 127
 """The exit status of a first process that did not come to execute its command."""
 PLACE = "/image"
 """The directory in the supervisor's root where a container's root is put on its way."""
 
-_UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-LIMITS: tuple[tuple[int, tuple[int, int]], ...] = (
-    (resource.RLIMIT_NOFILE, (1024, 524288)),
-    (resource.RLIMIT_STACK, (8 << 20, resource.RLIM_INFINITY)),
-    (resource.RLIMIT_CORE, (0, resource.RLIM_INFINITY)),
-    (resource.RLIMIT_NICE, (0, 0)),
-    (resource.RLIMIT_RTPRIO, (0, 0)),
-    *((limit, _UNLIMITED) for limit in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA)),
-    *((limit, _UNLIMITED) for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_NPROC)),
-)
-"""What a container starts with, whatever the server was started with: systemd's own defaults for a service, and no
-limit on locked memory, which RDMA needs."""
-
-
 class Inheritance(NamedTuple):
     """What the first process has of its supervisor: descriptors of the supervisor's directory, of the logs, and of the
-    version 1 hierarchies in which it makes groups for systemd; the signals the supervisor does not take; and whether
-    the kernel was told to spare or to prefer it when memory runs out."""
+    version 1 hierarchies in which it makes groups for systemd; and whether the kernel was told to spare or to prefer it
+    when memory runs out. What else a process inherits the supervisor has given up itself (linux/process.renounce)."""
 
     directory: int
     logs: int
     groups: Sequence[int]
-    ignored: Sequence[int]
     adjust_oom: bool
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What it is to become. With them come the root's tree, and for systemd that for layout.HOST. `group` is the name
-    of its cgroups."""
+    """What it is to become. With them come the root's tree, and for systemd that for layout.HOST."""
 
     start: Start
     uuid: str
-    group: str
 
 
 _decode = msgspec.json.Decoder(Orders).decode
+_EXAMPLE = encode(Orders(Start(id=0, attempt=0, argv=["/"], logfile="", mark="", hostname="", timeout=1.0), uuid=""))
 
 
-def run(tie: socket.socket, given: Inheritance) -> NoReturn:
-    """Become the command that is ordered over `tie`, or end and say why. Never returns, whatever happens."""
+def run(tie: socket.socket, given: Inheritance, name: str, group: str | None) -> NoReturn:
+    """Become the command that is ordered over `tie`, or end and say why. `name` is that of its FIFO, `group` for
+    systemd that of its cgroups. Never returns, whatever happens."""
     try:
-        process.close_all_but(tie.fileno(), given.directory, given.logs, *given.groups)
-        process.name("imageapi-child")
-        _forget_supervisor(given)
+        _settle(tie, given, name, group)
+        steps = layout.PLAIN if group is None else layout.SYSTEMD
+        trees = _make_trees(steps)
+        _rehearse()
         orders, descriptors, _, _ = socket.recv_fds(tie, MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
         if orders:
-            _become(_decode(orders), tie, given, *descriptors)
+            order = _decode(orders)
+            log = logs.Writer(logs.open_log(order.start.logfile, given.logs), "init")
+            os.close(given.logs)
+            _enter(order.start, steps, trees, log, *descriptors)
+            _pass_gate(tie)
+            _execute(order)
     except errors.Problem as problem:
         _report(tie, problem)
     except OSError as error:
@@ -100,31 +90,20 @@ def _report(tie: socket.socket, problem: errors.Problem) -> None:
     tie.send(msgspec.json.encode(problem.to_dict()))
 
 
-def _become(orders: Orders, tie: socket.socket, given: Inheritance, root: int, host: int | None = None) -> NoReturn:
-    order = orders.start
-    log = logs.open_log(order.logfile, given.logs)
-    output.attach(given.directory, order.id)
-    if host is not None:
-        _enter_groups(given.groups, orders.group)
-    mount_setattr(root, "", propagation=MS_PRIVATE, recursive=True)
-    _say(log, "making all mounts private")
-    _change_root(root)
-    process.close_all_but(tie.fileno(), log, *(() if host is None else (host,)))
-    if order.hostname:
-        namespaces.sethostname(order.hostname)
-    _say(log, "preparing image")
-    for step in layout.plan(host):
-        _carry_out(step, log)
-    _open_null()
-    os.umask(0o022)
-    _say(log, "executing init")
-    os.close(log)
-    _pass_gate(tie)
-    _execute(order, layout.environment(systemd=order.systemd, uuid=orders.uuid))
+# ------------------------------------------------------------------------------------------------- before orders
 
 
-def _say(log: int, text: str) -> None:
-    os.write(log, logs.line("init", text))
+def _settle(tie: socket.socket, given: Inheritance, name: str, group: str | None) -> None:
+    """Have nothing of the supervisor's but what a start needs, and a session, groups and limits of one's own."""
+    output.attach(given.directory, name)
+    process.close_all_but(tie.fileno(), given.logs, *(() if group is None else given.groups))
+    process.name("imageapi-child")
+    os.setsid()
+    if given.adjust_oom:
+        process.reset_oom_score()
+    process.limit(resource.RLIMIT_NOFILE, *process.DESCRIPTORS)
+    if group is not None:
+        _enter_groups(given.groups, group)
 
 
 def _enter_groups(hierarchies: Sequence[int], name: str) -> None:
@@ -132,59 +111,75 @@ def _enter_groups(hierarchies: Sequence[int], name: str) -> None:
     for directory in hierarchies:
         cgroup.make(directory, name)
         cgroup.enter(directory, name)
+        os.close(directory)
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
+
+
+def _make_trees(steps: Sequence[Step]) -> dict[str, int]:
+    """Make what owes nothing to the image, where the supervisor's root has the same mountpoints, and take it from
+    there: the trees by their places. Stdin is the null device in one of them."""
+    os.umask(0)
+    for step in filter(layout.is_ahead, steps):
+        _carry_out(step)
+    os.umask(0o022)
+    trees = {place: take(place) for place in layout.TREES}
+    null = os.open("null", os.O_RDONLY | os.O_CLOEXEC, dir_fd=trees["/dev"])
+    os.dup2(null, 0)
+    os.close(null)
+    return trees
+
+
+def _rehearse() -> None:
+    """Do once what comes after the orders. A page that is written to for the first time since the clone is copied by
+    the kernel then, at a microsecond each: a hundred of them are copied before somebody waits for it."""
+    _decode(_EXAMPLE)
+    logs.lines("init", [step.describe() for step in layout.PLAIN])
+
+
+def _carry_out(step: Step) -> None:
+    try:
+        step.execute()
+    except OSError as error:
+        raise errors.from_oserror(error, step.describe() or f"preparing {step}") from None
+
+
+# -------------------------------------------------------------------------------------------------- after orders
+
+
+def _enter(
+    order: Start, steps: Sequence[Step], trees: Mapping[str, int], log: logs.Writer, root: int, host: int | None = None
+) -> None:
+    """Make the image the root, and all that a container finds in it. What is done is in the log before the next step
+    is begun, which may wait for storage or fail."""
+    mount_setattr(root, "", propagation=MS_PRIVATE, recursive=True)
+    log.add("making all mounts private", "preparing image")
+    log.flush()
+    _change_root(root)
+    if order.hostname:
+        namespaces.sethostname(order.hostname)
+    for step in steps:
+        _do(step, trees, log)
+    if host is not None:
+        _carry_out(Tree(layout.HOST, host))
+    log.add("executing init")
+    log.flush()
+
+
+def _do(step: Step, trees: Mapping[str, int], log: logs.Writer) -> None:
+    """Do a step, or put the tree in its place that it begins; what is in a tree has been done."""
+    if step.path in trees or not layout.is_ahead(step):
+        log.flush()
+        _carry_out(Tree(step.path, trees[step.path]) if step.path in trees else step)
+    if told := step.describe():
+        log.add(told)
 
 
 def _change_root(root: int) -> None:
     move_mount(root, "", AT_FDCWD, PLACE, MOVE_MOUNT_F_EMPTY_PATH)
     os.fchdir(root)
+    os.close(root)
     pivot_root(".", ".")
     umount(".", MNT_DETACH)
-    os.chdir("/")
-
-
-def _carry_out(step: Step, log: int) -> None:
-    """Do one step, and then say that it is done."""
-    told = step.describe()
-    try:
-        step.execute()
-    except OSError as error:
-        raise errors.from_oserror(error, told or f"preparing {step}") from None
-    if told:
-        _say(log, told)
-
-
-def _forget_supervisor(given: Inheritance) -> None:
-    """Take on what a process has that nobody has changed anything for; but the umask, for now, gives nodes the modes
-    they are made with."""
-    os.umask(0)
-    os.setsid()
-    os.setgroups([])
-    os.setpriority(os.PRIO_PROCESS, 0, 0)
-    if given.adjust_oom:
-        _write("/proc/self/oom_score_adj", "0")
-    for limit, (soft, hard) in LIMITS:
-        _limit(limit, soft, hard)
-    for number in given.ignored:
-        process.reset_signal(number)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _open_null() -> None:
-    """No input: the container's own null device."""
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-
-
-def _limit(limit: int, soft: int, hard: int) -> None:
-    """Set a limit; what may not be raised (CAP_SYS_RESOURCE) stays as it is."""
-    try:
-        resource.setrlimit(limit, (soft, hard))
-    except ValueError:
-        _, most = resource.getrlimit(limit)
-        within = [value if value != resource.RLIM_INFINITY and value < most else most for value in (soft, hard)]
-        resource.setrlimit(limit, (within[0], within[1]))
 
 
 def _pass_gate(tie: socket.socket) -> None:
@@ -193,13 +188,10 @@ def _pass_gate(tie: socket.socket) -> None:
         os._exit(NOT_EXECUTED)
 
 
-def _execute(order: Start, environment: dict[str, str]) -> NoReturn:
+def _execute(orders: Orders) -> NoReturn:
+    order = orders.start
+    environment = layout.environment(systemd=order.systemd, uuid=orders.uuid)
     try:
         os.execve(order.argv[0], order.argv, environment | order.environment)
     except OSError as error:
         raise command.explain(os.open("/", os.O_PATH | os.O_DIRECTORY), order.argv, error) from None
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)

@@ -41,11 +41,11 @@ from imageapi.linux.mount import (
 )
 from imageapi.linux.namespaces import CLONE_NEWNS, setns, unshare
 from imageapi.runtime.init import PLACE
-from imageapi.runtime.layout import NOTIFY
+from imageapi.runtime.layout import NOTIFY, TREES
 
 PIDS = "/pids"
 HOSTS = "/hosts"
-DIRECTORIES = (PLACE, "/proc", PIDS, HOSTS)
+DIRECTORIES = (PLACE, *TREES, PIDS, HOSTS)
 PIN = "pin"
 _SAFE = MS_NOSUID | MS_NODEV | MS_NOEXEC
 
@@ -131,11 +131,12 @@ class Keep:
         """Keep a process's pidfd under `name`; whether the kernel can."""
         path = f"{PIDS}/{name}"
         with self._inside():
-            os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o600))
             try:
+                os.mknod(path, 0o600)
                 pidfd.park(descriptor, path)
             except OSError:
-                os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
                 return False
         return True
 

@@ -1,5 +1,8 @@
 """What every container finds in its root, and what systemd finds besides: tables, carried out in their order.
 
+What owes nothing to the image is made before there is one, by the child in waiting (TREES); at the start these trees
+are only put in their places. The log tells of each step in the order of the table all the same.
+
 For systemd see its CONTAINER_INTERFACE: a writable /proc/sys or /sys would let it set the host's own, and without a
 cgroup2 of its own it makes hierarchies on the host.
 """
@@ -7,7 +10,7 @@ cgroup2 of its own it makes hierarchies on the host.
 from __future__ import annotations
 
 from imageapi.linux.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_STRICTATIME
-from imageapi.runtime.steps import FileSystem, Link, Node, ReadOnly, Step, Tree
+from imageapi.runtime.steps import FileSystem, Link, Node, ReadOnly, Step
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOST = "/run/host"
@@ -18,21 +21,15 @@ NOTIFY = "notify"
 _KERNEL = MS_NOSUID | MS_NODEV | MS_NOEXEC
 _TERMINALS = "newinstance,ptmxmode=0666,mode=0620,gid=5"
 
+TREES = ("/proc", "/dev", "/sys")
+"""What is made ahead, with all that a table has below them: it is the same whatever the image."""
+
 FILE_SYSTEMS: tuple[Step, ...] = (
     FileSystem("/proc", "proc", _KERNEL),
     FileSystem("/dev", "tmpfs", MS_NOSUID | MS_STRICTATIME, "mode=755"),
     FileSystem("/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777", ours=True),
     FileSystem("/dev/mqueue", "mqueue", _KERNEL, ours=True),
     FileSystem("/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, _TERMINALS, ours=True),
-)
-PLAIN: tuple[Step, ...] = (FileSystem("/sys", "sysfs", _KERNEL),)
-SYSTEMD: tuple[Step, ...] = (
-    ReadOnly("/proc/sys"),
-    FileSystem("/sys", "sysfs", _KERNEL | MS_RDONLY),
-    FileSystem("/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"),
-    FileSystem("/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
-    FileSystem("/sys/fs/cgroup", "cgroup2", _KERNEL),
-    FileSystem("/var/lib/journal", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755", optional=True),
 )
 NODES: tuple[Step, ...] = (
     Node("/dev/null", 1, 3),
@@ -42,8 +39,6 @@ NODES: tuple[Step, ...] = (
     Node("/dev/random", 1, 8),
     Node("/dev/urandom", 1, 9),
 )
-CONSOLE: tuple[Step, ...] = (Node("/dev/console", 1, 3, told=False),)
-"""The null device: systemd takes 43 s to halt when its console is a terminal whose other end is gone."""
 LINKS: tuple[Step, ...] = (
     Link("/dev/ptmx", "/dev/pts/ptmx"),
     Link("/dev/fd", "/proc/self/fd"),
@@ -51,13 +46,30 @@ LINKS: tuple[Step, ...] = (
     Link("/dev/stdout", "/proc/self/fd/1"),
     Link("/dev/stderr", "/proc/self/fd/2"),
 )
+PLAIN: tuple[Step, ...] = (
+    *FILE_SYSTEMS,
+    FileSystem("/sys", "sysfs", _KERNEL),
+    *NODES,
+    *LINKS,
+)
+SYSTEMD: tuple[Step, ...] = (
+    *FILE_SYSTEMS,
+    ReadOnly("/proc/sys"),
+    FileSystem("/sys", "sysfs", _KERNEL | MS_RDONLY),
+    FileSystem("/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"),
+    FileSystem("/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
+    FileSystem("/sys/fs/cgroup", "cgroup2", _KERNEL),
+    FileSystem("/var/lib/journal", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755", optional=True),
+    *NODES,
+    Node("/dev/console", 1, 3, told=False),
+    *LINKS,
+)
+"""The console is the null device: systemd takes 43 s to halt when it is a terminal whose other end is gone."""
 
 
-def plan(host: int | None) -> tuple[Step, ...]:
-    """All steps. `host` is the tree that systemd gets as /run/host; None for a container without systemd."""
-    if host is None:
-        return (*FILE_SYSTEMS, *PLAIN, *NODES, *LINKS)
-    return (*FILE_SYSTEMS, *SYSTEMD, Tree(HOST, host), *NODES, *CONSOLE, *LINKS)
+def is_ahead(step: Step) -> bool:
+    """Whether a step is part of one of the TREES."""
+    return step.path.startswith(TREES)
 
 
 def environment(*, systemd: bool, uuid: str) -> dict[str, str]:

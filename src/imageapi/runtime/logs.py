@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 
 MODE = 0o640
 OLDER = ".1"
@@ -16,10 +17,11 @@ OLDER = ".1"
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def line(who: str, text: str) -> bytes:
-    """A line as of now; a line break in `text` becomes a space."""
+def lines(who: str, texts: Iterable[str]) -> bytes:
+    """Lines as of now; a line break in a text becomes a space."""
     stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime())
-    return f"{stamp} {who}: {' '.join(text.splitlines())}\n".encode("utf-8", "replace")
+    told = [f"{stamp} {who}: {' '.join(text.splitlines())}\n" for text in texts]
+    return "".join(told).encode("utf-8", "replace")
 
 
 def open_log(path: str, directory: int | None = None) -> int:
@@ -31,9 +33,27 @@ def append(path: str, who: str, *texts: str) -> None:
     """Write lines. `who` is `container(<id>)` or `init`. Raises: OSError."""
     log = open_log(path)
     try:
-        os.write(log, b"".join(line(who, text) for text in texts))
+        os.write(log, lines(who, texts))
     finally:
         os.close(log)
+
+
+class Writer:
+    """An open log for one that does a step after the other: lines are kept until `flush`, and written together."""
+
+    def __init__(self, log: int, who: str) -> None:
+        self._log = log
+        self._who = who
+        self._texts: list[str] = []
+
+    def add(self, *texts: str) -> None:
+        self._texts += texts
+
+    def flush(self) -> None:
+        """Raises: OSError."""
+        if self._texts:
+            os.write(self._log, lines(self._who, self._texts))
+            self._texts.clear()
 
 
 def remove(path: str) -> None:

@@ -15,6 +15,8 @@ Handler = Callable[[], object]
 class Timer:
     """A handler to be called once; cancelling one that was called is no error."""
 
+    __slots__ = ("handler",)
+
     def __init__(self, handler: Handler) -> None:
         self.handler: Handler | None = handler
 

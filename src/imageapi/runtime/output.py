@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Container
+from collections.abc import Collection
 
 from imageapi.runtime import logs
 
@@ -20,48 +20,44 @@ CHUNK = 64 << 10
 SUFFIX = ".out"
 
 
-def _name(container: int) -> str:
-    return f"{container}{SUFFIX}"
-
-
-def make(directory: int, container: int) -> int:
-    """A new FIFO in the supervisor's directory, and our end of it, which does not block.
+def make(directory: int, name: str) -> int:
+    """A new FIFO in the supervisor's directory, under a name that nothing had before (SUFFIX is added), and our end of
+    it, which does not block.
 
     In the container everybody may open it, as /dev/stdout; on the host its directory is root's alone.
     """
-    remove(directory, container)
-    os.mkfifo(_name(container), dir_fd=directory)
-    end = reopen(directory, container)
+    os.mkfifo(name + SUFFIX, dir_fd=directory)
+    end = reopen(directory, name)
     os.fchmod(end, 0o666)
     return end
 
 
-def reopen(directory: int, container: int) -> int:
+def reopen(directory: int, name: str) -> int:
     """Our end of a FIFO that is there. Raises: FileNotFoundError."""
-    return os.open(_name(container), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    return os.open(name + SUFFIX, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
 
 
-def attach(directory: int, container: int) -> None:
+def attach(directory: int, name: str) -> None:
     """Have this process print into the FIFO."""
-    end = os.open(_name(container), os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
+    end = os.open(name + SUFFIX, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
     os.dup2(end, 1)
     os.dup2(end, 2)
     os.close(end)
 
 
-def remove(directory: int, container: int) -> None:
+def remove(directory: int, name: str) -> None:
     """Remove the FIFO; one that is gone is no error."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(_name(container), dir_fd=directory)
+        os.unlink(name + SUFFIX, dir_fd=directory)
 
 
-def sweep(directory: int, known: Container[int]) -> None:
-    """Remove the FIFOs of all but the containers `known`: a supervisor that dies before it has noted a life leaves
-    that life's."""
-    for name in os.listdir(directory):
-        container = name.removesuffix(SUFFIX)
-        if name.endswith(SUFFIX) and container.isdigit() and int(container) not in known:
-            remove(directory, int(container))
+def sweep(directory: int, known: Collection[str]) -> None:
+    """Remove the FIFOs of all but those `known`: a supervisor that dies leaves that of its child in waiting, and of a
+    life that it had not noted yet."""
+    for file in os.listdir(directory):
+        name = file.removesuffix(SUFFIX)
+        if name != file and name not in known:
+            remove(directory, name)
 
 
 def copy(end: int, directory: int, logfile: str) -> bool:

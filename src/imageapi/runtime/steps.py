@@ -1,28 +1,36 @@
 """What is done to make a root a container's: each step is a value that can say what it does before it does it.
 
-A step is carried out by the container's own first process, inside its new root, where no path leads to the host.
+A step is carried out by the container's own first process, in the image, where no path leads to the host; or, if it
+owes nothing to the image, in that process's first root, before there is one (layout.TREES).
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from imageapi.errors import Invalid
-from imageapi.linux.libc import AT_FDCWD
+from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
 from imageapi.linux.mount import (
+    MNT_DETACH,
     MOVE_MOUNT_F_EMPTY_PATH,
+    MOVE_MOUNT_T_SYMLINKS,
     MS_BIND,
     MS_NODEV,
     MS_NOEXEC,
     MS_NOSUID,
     MS_RDONLY,
     MS_REMOUNT,
+    OPEN_TREE_CLOEXEC,
+    OPEN_TREE_CLONE,
     mount,
     move_mount,
+    open_tree,
+    umount,
 )
 
 
@@ -30,7 +38,7 @@ class FileSystem(NamedTuple):
     """A new file system of the kernel's. `ours`: the mountpoint is in one of those, and is made. `optional`: an image
     that neither has the mountpoint nor can take it goes without."""
 
-    target: str
+    path: str
     fstype: str
     flags: int = MS_NOSUID | MS_NODEV
     options: str | None = None
@@ -38,44 +46,12 @@ class FileSystem(NamedTuple):
     optional: bool = False
 
     def describe(self) -> str:
-        return f"mounting {self.target}"
+        return f"mounting {self.path}"
 
     def execute(self) -> None:
         if self.ours:
-            os.mkdir(self.target, 0o755)
-        try:
-            self._mount()
-        except FileNotFoundError:
-            if self._make_mountpoint():
-                self._mount()
-        except NotADirectoryError:
-            raise Invalid(f"{self.target} in the image is no directory; make it one in the image") from None
-
-    def _mount(self) -> None:
-        mount(self.fstype, self.target, self.fstype, self.flags, self.options)
-
-    def _make_mountpoint(self) -> bool:
-        """Whether the image has taken a directory at the target.
-
-        Raises: errors.Invalid, when it has not and must.
-        """
-        try:
-            os.makedirs(self.target, 0o755)
-        except OSError as error:
-            if self.optional:
-                return False
-            raise Invalid(self._remedy(error)) from None
-        return True
-
-    def _remedy(self, error: OSError) -> str:
-        if error.errno == errno.EROFS:
-            return (
-                f"the image has no directory {self.target} and is read-only; run the container on an overlay over it, "
-                f"or make the directory in the image"
-            )
-        if isinstance(error, FileExistsError):
-            return f"{self.target} in the image is a symbolic link that leads nowhere; make it a directory"
-        return f"the image has no directory {self.target}, and it cannot be made: {error.strerror}"
+            os.mkdir(self.path, 0o755)
+        _attach(self.path, partial(mount, self.fstype, self.path, self.fstype, self.flags, self.options), self.optional)
 
 
 class Node(NamedTuple):
@@ -121,7 +97,7 @@ class ReadOnly(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """A tree that was handed in as a descriptor, which is closed."""
+    """A tree that was made elsewhere: its descriptor is closed."""
 
     path: str
     descriptor: int
@@ -130,11 +106,56 @@ class Tree(NamedTuple):
         return ""
 
     def execute(self) -> None:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path, 0o755)
-        move_mount(self.descriptor, "", AT_FDCWD, self.path, MOVE_MOUNT_F_EMPTY_PATH)
+        flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_SYMLINKS
+        _attach(self.path, partial(move_mount, self.descriptor, "", AT_FDCWD, self.path, flags))
         os.close(self.descriptor)
 
 
 Step = FileSystem | Node | Link | ReadOnly | Tree
 """`describe` gives the line of the log, or "" where it has none; `execute` raises OSError or errors.Problem."""
+
+
+def take(path: str) -> int:
+    """The tree at `path`, as a descriptor for a Tree; it is mounted nowhere then."""
+    tree = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE)
+    umount(path, MNT_DETACH)
+    return tree
+
+
+def _attach(path: str, mount: Callable[[], None], optional: bool = False) -> None:
+    """Mount on a directory of the image, which is made if the image has none and can take it; an `optional` one is
+    left out otherwise.
+
+    Raises: errors.Invalid, when it has not and must, or has something else there.
+    """
+    try:
+        mount()
+    except FileNotFoundError:
+        if _make_mountpoint(path, optional):
+            mount()
+    except OSError:
+        if os.path.isdir(path):
+            raise
+        raise Invalid(f"{path} in the image is no directory; make it one in the image") from None
+
+
+def _make_mountpoint(path: str, optional: bool) -> bool:
+    """Whether the image has taken a directory there."""
+    try:
+        os.makedirs(path, 0o755)
+    except OSError as error:
+        if optional:
+            return False
+        raise Invalid(_remedy(path, error)) from None
+    return True
+
+
+def _remedy(path: str, error: OSError) -> str:
+    if error.errno == errno.EROFS:
+        return (
+            f"the image has no directory {path} and is read-only; run the container on an overlay over it, or make the "
+            f"directory in the image"
+        )
+    if isinstance(error, FileExistsError):
+        return f"{path} in the image is a symbolic link that leads nowhere; make it a directory"
+    return f"the image has no directory {path}, and it cannot be made: {error.strerror}"

@@ -24,7 +24,7 @@ from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import cgroup, process
 from imageapi.runtime import entries, output, protocol
-from imageapi.runtime.child import Child, bear
+from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container, Surroundings
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.init import Inheritance
@@ -104,6 +104,7 @@ def _work(site: Site) -> None:
     time.localtime()  # the time zone's file is out of sight soon
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    process.renounce()
     listener = _listen(site)
     supervisor = Supervisor(_surroundings(site), listener)
     supervisor.adopt()
@@ -115,26 +116,28 @@ def _work(site: Site) -> None:
 
 def _surroundings(site: Site) -> Surroundings:
     """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
-    freezer = cgroup.freezer()
-    directory, log_directory = os.open(site.supervisor_dir, _DIRECTORY), os.open(site.logs_dir, _DIRECTORY)
+    place = cgroup.freezer()
+    freezer = None if place is None else os.open(place, _DIRECTORY)
     hierarchies = list(_open_hierarchies())
+    given = Inheritance(
+        directory=os.open(site.supervisor_dir, _DIRECTORY),
+        logs=os.open(site.logs_dir, _DIRECTORY),
+        groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
+        adjust_oom=_read("/proc/self/oom_score_adj") != "0",
+    )
+    boot_id = _read("/proc/sys/kernel/random/boot_id")
+    keep = Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor")
     return Surroundings(
-        directory=directory,
-        logs=log_directory,
+        directory=given.directory,
+        logs=given.logs,
+        keep=keep,
+        nursery=Nursery(given, keep),
         loop=Loop(),
-        boot_id=_read("/proc/sys/kernel/random/boot_id"),
+        boot_id=boot_id,
         instance=site.instance,
         mark_prefix=site.mark_prefix,
         hierarchies=hierarchies,
-        freezer=None if freezer is None else os.open(freezer, _DIRECTORY),
-        inheritance=Inheritance(
-            directory=directory,
-            logs=log_directory,
-            groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
-            ignored=process.ignored_signals(),
-            adjust_oom=_read("/proc/self/oom_score_adj") != "0",
-        ),
-        keep=Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor"),
+        freezer=freezer,
     )
 
 
@@ -201,8 +204,8 @@ class Supervisor:
         """Take up the lives that another supervisor noted, and clear away what it left of others."""
         for entry in entries.load(self._around.directory, self._around.boot_id):
             self._adopt(entry)
-        output.sweep(self._around.directory, self._containers)
         living = {one.entry.name for one in self._containers.values() if one.life.running}
+        output.sweep(self._around.directory, living)
         for name in self._around.keep.names():
             if name not in living:
                 self._around.keep.unpark(name)
@@ -233,11 +236,11 @@ class Supervisor:
         """Have a child in waiting for the next start; without one that takes longer."""
         if self._spare is None:
             with contextlib.suppress(OSError):
-                self._spare = bear(self._around.inheritance)
+                self._spare = self._around.nursery.bear()
 
     def _end(self) -> None:
         if self._spare is not None:
-            self._spare.dismiss()
+            self._around.nursery.dismiss(self._spare)
         os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
         self._around.keep.remove()
         self._loop.stop()
@@ -369,7 +372,8 @@ class Supervisor:
         return Done()
 
     def _on_ended(self, container: Container, news: Ended | None) -> None:
-        self._loop.after(IDLE, self._rest)
+        if not self._clients:
+            self._loop.after(IDLE, self._rest)
         if news is None:
             if self._containers.get(container.life.id) is container:
                 del self._containers[container.life.id]
