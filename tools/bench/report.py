@@ -12,7 +12,7 @@ import msgspec
 from tools.bench.machine import Machine
 from tools.bench.measure import Figure, Row, Target, percentile, ratio
 
-WIDTH = 44
+WIDTH = 46
 """Of the first column, in characters."""
 WIDEST = 110
 """Characters of a line."""

@@ -1,4 +1,8 @@
-"""A start on a root that is mounted already: ours, the bare system calls, and every other program's."""
+"""A start on a root that is mounted already: ours, the bare system calls, and every other program's.
+
+A turn of all takes 0.2 s, after which our processes are out of the processor's caches; so what is called "again" was
+measured with nobody but the bare system calls in between.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,32 @@ from typing import Any
 from tools.bench.client import Client, request
 from tools.bench.contestants import Limit, limit, peers
 from tools.bench.lab import Lab
-from tools.bench.measure import MILLISECOND, Figure, Target, described, interleave
+from tools.bench.measure import MILLISECOND, Contestant, Figure, Target, described, interleave
 from tools.bench.service import nest, stamps
 
 OURS, LEAST = "PATCH until the first instruction", "C: the same system calls"
+SOON = ", again"
 
 
 def figure(lab: Lab) -> Figure:
     with lab.service() as (_, client), limit(lab) as least:
         box = client.ask(request("POST", "/container", nest(lab.image, "/bin/stamp"))).json()
-        contestants = {OURS: lambda: {OURS: _round(client, box)}, LEAST: lambda: {LEAST: _least(least)}}
-        rows = interleave(lab.rounds, {**contestants, **peers(lab, box["mount"]["mountpoint"])})
+        rows = interleave(lab.rounds, _both(client, box, least, SOON))
+        others = peers(lab, box["mount"]["mountpoint"])
+        rows |= interleave(lab.rounds, {**_both(client, box, least, ""), **others})
         client.ask(request("DELETE", f"/container/{box['id']}"))
-    for name in set(rows) - {LEAST}:
+    for name in others:
         described(rows, name, LEAST)
-    described(rows, OURS, LEAST, Target(2.5))
+    for when in "", SOON:
+        described(rows, OURS + when, LEAST + when, Target(2.5))
     return Figure("A start on a mounted root, until the command's first instruction", list(rows.values()))
+
+
+def _both(client: Client, box: Any, least: Limit, when: str) -> dict[str, Contestant]:
+    return {
+        OURS + when: lambda: {OURS + when: _round(client, box)},
+        LEAST + when: lambda: {LEAST + when: _least(least)},
+    }
 
 
 def _round(client: Client, box: Any) -> float:
