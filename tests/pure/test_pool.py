@@ -204,6 +204,52 @@ def test_a_store_has_its_places(host: Host) -> None:
     act(scenario)
 
 
+def test_who_gets_no_place_in_time_is_told_so(host: Host) -> None:
+    """It is late like one that hangs, and not given up by its own request: that would be made again for ever."""
+    names = [f"hangs{number}" for number in range(PER_STORE)]
+    for name in names:
+        host.hold(name)
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        hanging = [Job("do", name) for name in names]
+        for job in hanging:
+            pool.submit(Chain("dead", [job]))
+        with pytest.raises(TimedOut, match="others wait for dead"):
+            await jobs.run("dead", Job("do", "late"))
+        for name in names:
+            host.gates[name].set()
+        assert [await one.result for one in hanging] == [name.upper() for name in names]
+        assert "late" not in host.begun
+
+    act(scenario, timeout=0.05)
+
+
+def test_what_a_worker_declines_is_given_up_and_has_not_failed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has done one job and not begun the next when it sees that we hung up: those who share that one ask again."""
+    host.hold("looks")
+    given_up = worker._given_up
+
+    def slowly(channel: socket.socket) -> bool:
+        if host.begun:
+            host.reached["looks"].set()
+            assert host.gates["looks"].wait(10)
+        return given_up(channel)
+
+    monkeypatch.setattr(worker, "_given_up", slowly)
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        with jobs.series("local", chain("a", "b")) as series:
+            assert await series.outcome() == "A"
+            await asyncio.to_thread(host.reached["looks"].wait)
+            series.stop()
+            host.gates["looks"].set()
+            with pytest.raises(GivenUp):
+                await series.outcome()
+        assert host.begun == ["a"]
+
+    act(scenario)
+
+
 def test_a_job_larger_than_a_message_is_refused(host: Host) -> None:
     async def scenario(pool: Pool, jobs: Jobs) -> None:
         with pytest.raises(Problem):

@@ -64,8 +64,10 @@ class Jobs:
         return Series(self._pool, Chain(store, jobs), self._timeout)
 
     def under_way(self, key: Key) -> asyncio.Future[Any] | None:
-        """The job that is still under way on an object whose caller has given up; None when there is none."""
-        return self._under_way.get(key)
+        """The job that is still under way on an object whose caller has given up; None when there is none. One that
+        has ended may be there for a moment: who waits for it may hear of it first."""
+        job = self._under_way.get(key)
+        return None if job is None or job.done() else job
 
     async def settle(self, key: Key) -> None:
         """Wait for the job that is still under way on an object, if one is.
@@ -124,14 +126,17 @@ class Series:
         except asyncio.CancelledError:
             job.abandon()
             raise
-        if not job.result.done():
-            self.stop()
-        if not job.result.done():
+        if not job.result.done() and self._is_late(job):
             job.abandon()
             raise TimedOut(self._complaint(job, limit), step=job.name)
         if job.result.cancelled():
             raise GivenUp(f"{job.name} was not done: its request has ended")
         return job.result.result()
+
+    def _is_late(self, job: Job) -> bool:
+        """Begin no other job; whether this one has still no result: it has not come back, or never had a place."""
+        self.stop()
+        return not job.result.done() or job.result.cancelled()
 
     def _complaint(self, job: Job, limit: float) -> str:
         store, about = self._chain.store, job.about

@@ -69,6 +69,9 @@ class Chain:
 
     def settle(self, reply: Reply, descriptors: list[int]) -> None:
         """Take the reply to the job under way."""
+        if not reply.begun:
+            self.cancel_from(0)
+            return
         job = self.jobs.popleft()
         try:
             job.result.set_result(_result(job, reply, descriptors))

@@ -8,6 +8,7 @@ message a record is one object.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -30,11 +31,13 @@ MESSAGE = 4 << 20
 
 
 class Reply(NamedTuple):
-    """How a job ended: exactly one of the three says it. `result` may be any plain value."""
+    """How a job ended: exactly one of the first three says it. `result` may be any plain value. One that was not
+    `begun` has had no effect."""
 
     result: Any = None
     problem: dict[str, Any] | None = None
     bug: str | None = None
+    begun: bool = True
 
 
 class Descriptor(int):
@@ -53,6 +56,7 @@ def serve(channel: socket.socket, site: Site) -> None:
     while size := channel.recv_into(buffer):
         for name, arguments in pickle.loads(buffer[:size]):
             if _given_up(channel):
+                _decline(channel)
                 return
             reply = _perform(name, arguments, site)
             _send(channel, reply)
@@ -66,6 +70,12 @@ def _given_up(channel: socket.socket) -> bool:
         return not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
+
+
+def _decline(channel: socket.socket) -> None:
+    """Say that the job that is due is not begun, if somebody still hears it."""
+    with contextlib.suppress(OSError):
+        channel.send(pickle.dumps(Reply(begun=False)))
 
 
 def _send(channel: socket.socket, reply: Reply) -> None:
