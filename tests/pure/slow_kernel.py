@@ -25,6 +25,8 @@ class SlowKernel(Pool):
     def __init__(self) -> None:
         self.failures: dict[Step, Exception] = {}
         self.standing: set[Key] = set()
+        self.released: list[Key] = []
+        self._chains: list[Chain] = []
         self._gates: dict[Step, asyncio.Event] = {}
         self._begun: defaultdict[Step, asyncio.Event] = defaultdict(asyncio.Event)
         self._doing: set[asyncio.Task[None]] = set()
@@ -40,7 +42,14 @@ class SlowKernel(Pool):
         """Wait until the job has begun."""
         await self._begun[verb, key].wait()
 
+    def run_on(self) -> None:
+        """Have all that is not held done at once, and heard of at once, as when the event loop was busy meanwhile."""
+        for chain in self._chains:
+            while chain.jobs and _step(chain.jobs[0]) not in self._gates:
+                self._settle(chain)
+
     def submit(self, chain: Chain) -> None:
+        self._chains.append(chain)
         doing = asyncio.create_task(self._do(chain))
         self._doing.add(doing)
         doing.add_done_callback(self._doing.discard)
@@ -51,16 +60,19 @@ class SlowKernel(Pool):
     async def _do(self, chain: Chain) -> None:
         while chain.jobs:
             job = chain.jobs[0]
-            step = job.name, _subject(job)
-            self._begun[step].set()
-            if (gate := self._gates.get(step)) is not None:
+            self._begun[_step(job)].set()
+            if (gate := self._gates.get(_step(job))) is not None:
                 await gate.wait()
-            chain.jobs.popleft()
-            if (failure := self.failures.get(step)) is not None:
-                chain.fail(job, failure)
-            else:
-                job.result.set_result(self._perform(*step))
+            if chain.jobs and chain.jobs[0] is job:
+                self._settle(chain)
             await asyncio.sleep(0)
+
+    def _settle(self, chain: Chain) -> None:
+        job = chain.jobs.popleft()
+        if (failure := self.failures.get(_step(job))) is not None:
+            chain.fail(job, failure)
+        else:
+            job.result.set_result(self._perform(*_step(job)))
 
     def _perform(self, verb: str, key: Key) -> Facts | Descriptor | None:
         if verb == "open_root":
@@ -69,12 +81,13 @@ class SlowKernel(Pool):
             self.standing.add(key)
         elif verb == "release":
             self.standing.discard(key)
+            self.released.append(key)
         return Facts(mountpoint=f"/mounts/{key.id}") if key in self.standing else None
 
 
-def _subject(job: Job) -> Key:
+def _step(job: Job) -> Step:
     assert job.about is not None
-    return job.about.key
+    return job.name, job.about.key
 
 
 class Supervisor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from imageapi.engine import containers
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.pure
 IMAGE = Key("attach", 0)
 MOUNT = Key("mount", 0)
 ROOT = Key("mount", 1)
+BOX = Key("container", 0)
 
 Scenario = Callable[[Engine, SlowKernel], Coroutine[Any, Any, None]]
 
@@ -128,6 +130,93 @@ def test_a_record_that_cannot_be_written_at_the_end_undoes_the_create(
         with pytest.raises(Problem, match="no space"):
             await engine.create(nest())
         await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_what_was_made_when_a_record_could_not_be_written_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker has gone on to what stands on it meanwhile."""
+    save = Store.save
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        def full(self: Store, record: Any) -> None:
+            if record.phase == "live":
+                kernel.run_on()
+                raise OSError(28, "No space left on device")
+            save(self, record)
+
+        monkeypatch.setattr(Store, "save", full)
+        with pytest.raises(Problem, match="no space"):
+            await engine.create(nest())
+        await gone(engine, kernel)
+        assert kernel.released == [ROOT, MOUNT, IMAGE]
+
+    act(scenario, tmp_path)
+
+
+def test_what_a_cancelled_create_made_for_another_outlives_the_server(tmp_path: Path) -> None:
+    """Its record says that it lives, though its own request never said so."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.hold("acquire", IMAGE)
+        first = asyncio.create_task(engine.create(loopback("/image")))
+        await kernel.begun("acquire", IMAGE)
+        second = asyncio.create_task(engine.create(on(loopback("/image"))))
+        await asyncio.sleep(0)
+        first.cancel()
+        kernel.let_go("acquire", IMAGE)
+        made = await second
+        await engine._tasks.drain(5)
+        [record] = [one for one in Store(str(tmp_path / "state")).load() if one.key == IMAGE]
+        assert (record.phase, record.pinned, record.facts) == ("live", False, made.records[IMAGE].facts)
+
+    act(scenario, tmp_path)
+
+
+def test_a_failed_create_names_no_id(tmp_path: Path) -> None:
+    """Nothing stays of it, even if the news of one step is heard while that of another is being told."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["acquire", MOUNT] = Invalid("no such file system")
+        kernel.hold("acquire", IMAGE)
+        creating = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("acquire", IMAGE)
+        kernel.hold("acquire", MOUNT)
+        kernel.let_go("acquire", IMAGE)
+        kernel.run_on()
+        kernel.let_go("acquire", MOUNT)
+        asyncio.get_running_loop().call_soon(kernel.run_on)
+        with pytest.raises(Invalid) as failed:
+            await creating
+        assert "id" not in failed.value.fields
+
+    act(scenario, tmp_path)
+
+
+def test_a_container_whose_client_hung_up_is_not_started(tmp_path: Path) -> None:
+    """Its root is being opened, and the news of what it stands on is just coming in: no log, and no id is lost."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        supervisor = Supervisor(engine, 0)
+        kernel.hold("acquire", ROOT)
+        kernel.hold("open_root", BOX)
+        creating = asyncio.create_task(engine.create(msgspec.structs.replace(container(nest()), state="running")))
+        await kernel.begun("acquire", ROOT)
+        run: Any = engine._graph.get(BOX).run
+        (tmp_path / "logs" / os.path.basename(run.logfile)).touch()
+        kernel.let_go("acquire", ROOT)
+        kernel.run_on()
+        creating.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        kernel.let_go("open_root", BOX)
+        await gone(engine, kernel)
+        await engine._tasks.drain(5)
+        assert [call for call in supervisor.calls if call[0] == "start"] == []
+        assert os.listdir(tmp_path / "logs") == []
+        assert engine._graph.following("container") == 0
 
     act(scenario, tmp_path)
 
@@ -236,9 +325,6 @@ def test_an_end_does_not_wait_for_what_the_kernel_keeps(tmp_path: Path) -> None:
         await engine._tasks.drain(60)
 
     act(scenario, tmp_path)
-
-
-BOX = Key("container", 0)
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -9,7 +9,9 @@ Each step runs to its end whether its client is still there or not, since others
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Iterable, Iterator
+from functools import partial
 from itertools import groupby
 
 from imageapi.engine import stages
@@ -90,11 +92,17 @@ class Applier:
             await asyncio.wait({made})
         claimed.root.pinned = False
         for record in reversed(claimed.steps):
-            if record.phase is Phase.PLANNED:
-                record.problem = "its create has ended before it was made"
-            ended = GivenUp(f"{describe(record)} is not made: its create has ended")
-            _tell(self._awaited.pop(record.key, None), ended)
-            await self._collector.collect([record.key])
+            await self._give_back(record)
+
+    async def _give_back(self, record: AnyRecord) -> None:
+        """Collect what was made, unless somebody has come to share it; what was not is nobody's to share."""
+        if record.phase in (Phase.PLANNED, Phase.ACQUIRING):
+            record.problem = record.problem or "its create has ended before it was made"
+        ended = GivenUp(f"{describe(record)} is not made: its create has ended")
+        _tell(self._awaited.pop(record.key, None), ended)
+        await self._collector.collect([record.key])
+        if record.phase is Phase.LIVE:
+            self._ledger.note(record)  # a root was not written yet
 
 
 class _Making:
@@ -146,11 +154,20 @@ class _Making:
     async def _make_together(self, store: str, group: list[AnyRecord]) -> None:
         if self._stopped:
             raise GivenUp("its request has ended")
-        with self._jobs.series(store, list(self._jobs_for(group))) as self._series:
-            for record in group:
-                await self._step(record, self._make(record, self._series))
-                stages.end("start" if isinstance(record.spec, Container) else record.kind)
-                _tell(self._awaited.pop(record.key, None), None)
+        jobs = list(self._jobs_for(group))
+        for record in group:
+            record.phase = Phase.ACQUIRING  # from now on it must be undone, whether we have heard of it or not
+        try:
+            with self._jobs.series(store, jobs) as self._series:
+                for record in group:
+                    await self._make(record, self._series)
+        finally:
+            _plan_again(jobs)
+
+    async def _make(self, record: AnyRecord, series: Series) -> None:
+        await self._step(record, self._finish(record, series))
+        stages.end("start" if isinstance(record.spec, Container) else record.kind)
+        _tell(self._awaited.pop(record.key, None), None)
 
     def _jobs_for(self, group: list[AnyRecord]) -> Iterator[Job]:
         for record in group:
@@ -171,28 +188,26 @@ class _Making:
             _tell(self._awaited.pop(record.key, None), problem)
             raise self._located(problem, record) from problem
 
-    async def _make(self, record: AnyRecord, series: Series) -> None:
+    async def _finish(self, record: AnyRecord, series: Series) -> None:
         """Make one object. The root is written when it is published, and not before."""
-        record.phase = Phase.ACQUIRING  # from now on it must be undone
         self._check(record.edges())
-        try:
-            await self._finish(record, series)
-        except GivenUp:
-            record.phase = Phase.PLANNED  # it was not begun
-            raise
+        if not isinstance(record.spec, Container):
+            record.facts = await series.outcome()
+        elif self._running:
+            await self._containers.start_new(record, partial(self._root, series))
+        else:
+            self._containers.make(record)
         record.phase = Phase.LIVE
         if record is not self._claimed.root:
             self._ledger.change(record)
 
-    async def _finish(self, record: AnyRecord, series: Series) -> None:
-        if not isinstance(record.spec, Container):
-            record.facts = await series.outcome()
-        elif self._stopped:
+    async def _root(self, series: Series) -> int:
+        """What a container is to be started in, unless its request has ended while that was opened."""
+        root: int = await series.outcome()
+        if self._stopped:
+            os.close(root)
             raise GivenUp("its request has ended")
-        elif self._running:
-            await self._containers.start_new(record, series.outcome)
-        else:
-            self._containers.make(record)
+        return root
 
     def _check(self, keys: Iterable[Key]) -> None:
         """Raises: errors.Conflict, when one of the objects to build on does not stand any more."""
@@ -211,6 +226,13 @@ class _Making:
         if self._jobs.under_way(record.key):
             fields["id"] = record.id
         return type(problem)(problem.message, **fields)
+
+
+def _plan_again(jobs: Iterable[Job]) -> None:
+    """What was not begun is as it was planned: there is nothing to undo."""
+    for job in jobs:
+        if job.result.cancelled() and job.about is not None:
+            job.about.phase = Phase.PLANNED
 
 
 def _tell(awaited: asyncio.Future[None] | None, problem: BaseException | None) -> None:
