@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class SlowKernel(Pool):
         self.released: list[Key] = []
         self._chains: list[Chain] = []
         self._gates: dict[Step, asyncio.Event] = {}
-        self._begun: defaultdict[Step, asyncio.Event] = defaultdict(asyncio.Event)
+        self._begun: Counter[Step] = Counter()
         self._doing: set[asyncio.Task[None]] = set()
 
     def hold(self, verb: str, key: Key) -> None:
@@ -38,9 +38,10 @@ class SlowKernel(Pool):
     def let_go(self, verb: str, key: Key) -> None:
         self._gates.pop((verb, key)).set()
 
-    async def begun(self, verb: str, key: Key) -> None:
-        """Wait until the job has begun."""
-        await self._begun[verb, key].wait()
+    async def begun(self, verb: str, key: Key, times: int = 1) -> None:
+        """Wait until the job has begun, for so many objects of the key."""
+        while self._begun[verb, key] < times:
+            await asyncio.sleep(0)
 
     def run_on(self) -> None:
         """Have all that is not held done at once, and heard of at once, as when the event loop was busy meanwhile."""
@@ -60,7 +61,7 @@ class SlowKernel(Pool):
     async def _do(self, chain: Chain) -> None:
         while chain.jobs:
             job = chain.jobs[0]
-            self._begun[_step(job)].set()
+            self._begun[_step(job)] += 1
             if (gate := self._gates.get(_step(job))) is not None:
                 await gate.wait()
             if chain.jobs and chain.jobs[0] is job:

@@ -175,6 +175,31 @@ def test_what_a_cancelled_create_made_for_another_outlives_the_server(tmp_path: 
     act(scenario, tmp_path)
 
 
+def test_an_id_that_is_free_again_is_nothing_to_who_had_it(tmp_path: Path) -> None:
+    """A create is undone from the root down. What takes the ids meanwhile is not taken for what had them."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["acquire", ROOT] = Invalid("no")
+        kernel.hold("release", IMAGE)
+        failing = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("release", IMAGE)
+        del kernel.failures["acquire", ROOT]
+        kernel.hold("acquire", MOUNT)
+        second = asyncio.create_task(engine.create(on(loopback("/other"))))
+        await kernel.begun("acquire", MOUNT, times=2)
+        kernel.let_go("release", IMAGE)
+        with pytest.raises(Invalid):
+            await failing
+        third = asyncio.create_task(engine.create(overlay(on(loopback("/other")))))
+        await asyncio.sleep(0)
+        kernel.let_go("acquire", MOUNT)
+        assert [(await one).record.key for one in (second, third)] == [MOUNT, ROOT]
+        assert engine.picture(MOUNT).record.problem is None
+        assert engine.picture(MOUNT).refs[MOUNT] == 2
+
+    act(scenario, tmp_path)
+
+
 def test_a_failed_create_names_no_id(tmp_path: Path) -> None:
     """Nothing stays of it, even if the news of one step is heard while that of another is being told."""
 

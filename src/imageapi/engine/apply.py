@@ -87,22 +87,23 @@ class Applier:
             raise TimedOut(f"{later.key} is being deleted, and is not gone after {self._timeout:g}s") from None
 
     async def _undo(self, claimed: Plan, made: asyncio.Future[None] | None = None) -> None:
-        """Take the plan's objects away again, the root first, when the step that is under way has ended."""
+        """Let the plan's objects go, when the step that is under way has ended: all are held by the root alone, or by
+        somebody who has come to share them. Collecting frees ids, so nothing is done by an id after it."""
         if made is not None:
             await asyncio.wait({made})
-        claimed.root.pinned = False
-        for record in reversed(claimed.steps):
-            await self._give_back(record)
+        for record in claimed.steps:
+            self._give_up(record)
+        self._ledger.abandon(claimed)
+        await self._collector.collect([claimed.root.key])
+        if claimed.root.phase is Phase.LIVE:
+            self._ledger.note(claimed.root)  # it was not written as such: its own create never said so
 
-    async def _give_back(self, record: AnyRecord) -> None:
-        """Collect what was made, unless somebody has come to share it; what was not is nobody's to share."""
+    def _give_up(self, record: AnyRecord) -> None:
+        """What was not made is nobody's to share, and who waits for it plans again."""
         if record.phase in (Phase.PLANNED, Phase.ACQUIRING):
             record.problem = record.problem or "its create has ended before it was made"
         ended = GivenUp(f"{describe(record)} is not made: its create has ended")
         _tell(self._awaited.pop(record.key, None), ended)
-        await self._collector.collect([record.key])
-        if record.phase is Phase.LIVE:
-            self._ledger.note(record)  # a root was not written yet
 
 
 class _Making:

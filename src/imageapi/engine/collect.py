@@ -82,9 +82,8 @@ class Collector:
         """Whether nothing but those `leaving` needs the object, and nothing else is being done to it."""
         return (
             record.phase is Phase.LIVE
-            and not record.pinned
             and not self._jobs.under_way(record.key)
-            and all(holder.key in leaving for holder in self._graph.holders(record.key))
+            and not self._graph.held(record.key, leaving)
         )
 
     async def _release_together(self, leaving: list[AnyRecord]) -> None:

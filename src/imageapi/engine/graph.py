@@ -7,7 +7,7 @@ writes or asks the kernel, so each method is one step of the event loop.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -55,6 +55,7 @@ class Graph:
         self._names: dict[str, Key] = {}
         self._tokens: set[int] = set()
         self._hidden: set[Key] = set()
+        self._awaited: set[Key] = set()
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -101,9 +102,11 @@ class Graph:
         """The objects that stand on `key`, in order."""
         return [self.get(holder) for holder in sorted(self._holders.get(key, ()))]
 
-    def held(self, key: Key) -> bool:
-        """Whether anything needs the object: its own POST, or an object built on it."""
-        return self.get(key).pinned or bool(self._holders.get(key))
+    def held(self, key: Key, but: Collection[Key] = ()) -> bool:
+        """Whether anything needs the object: its own POST, be it done or still under way, or an object built on it
+        that is not among `but`."""
+        wanted = self.get(key).pinned or key in self._awaited
+        return wanted or any(holder not in but for holder in self._holders.get(key, ()))
 
     def refs(self, key: Key) -> int:
         return len(self._holders.get(key, ())) + self.get(key).pinned
@@ -181,6 +184,14 @@ class Graph:
             self._names[record.spec.name] = key
         if hidden:
             self._hidden.add(key)
+
+    def begin(self, key: Key) -> None:
+        """A POST of its own makes the object, and needs it until `end`."""
+        self._awaited.add(key)
+
+    def end(self, key: Key) -> None:
+        """The object's own POST has come to its end, in one way or the other."""
+        self._awaited.discard(key)
 
     def show(self, key: Key) -> None:
         """The object's create has succeeded, or it must be seen because something is wrong with it."""

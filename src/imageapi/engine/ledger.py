@@ -58,13 +58,20 @@ class Ledger:
             raise errors.from_oserror(error, "writing the records of the request") from error
         for record in plan.steps:
             self.graph.add(record, hidden=True)
+        self.graph.begin(plan.root.key)
 
     def publish(self, plan: Plan) -> None:
         """The create has succeeded: the root has its own reference, and it is shown with all it stands on, also what
         another request is making and this one shares."""
         self.change(plan.root, pinned=True)
+        self.graph.end(plan.root.key)
         for record in (plan.root, *self.graph.below(plan.root.key)):
             self.graph.show(record.key)
+
+    def abandon(self, plan: Plan) -> None:
+        """The create has come to nothing: it needs its root no more."""
+        plan.root.pinned = False
+        self.graph.end(plan.root.key)
 
     def change(self, record: AnyRecord, **changes: Any) -> None:
         """Set fields of a record and write it. One that was dropped meanwhile is not written again: it would be taken
