@@ -12,7 +12,7 @@ from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.engine.pool import Chain, Job, Pool
 from imageapi.engine.worker import Descriptor
-from imageapi.errors import TimedOut
+from imageapi.errors import NotFound, TimedOut
 from imageapi.records import Facts, Key
 from imageapi.runtime.protocol import Start, Started
 
@@ -92,10 +92,12 @@ def _step(job: Job) -> Step:
 
 
 class Supervisor:
-    """One that fails the first `failures` calls of each verb as if it hung, and then does nothing but note them."""
+    """One that fails the first `failures` calls of each verb as if it hung, and then does nothing but note them. What it has
+    `lost` it cannot kill."""
 
     def __init__(self, engine: Engine, failures: int) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.lost = False
         self._failures = failures
         containers: Any = engine._containers
         containers._supervisor = containers._stopper._supervisor = self
@@ -106,6 +108,8 @@ class Supervisor:
 
     async def kill(self, container: int, attempt: int) -> None:
         self._call("kill", container, attempt)
+        if self.lost:
+            raise NotFound(f"container {container} has no start {attempt}")
 
     async def forget(self, container: int, attempt: int) -> None:
         await asyncio.sleep(0.01)

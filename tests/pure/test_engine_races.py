@@ -414,6 +414,34 @@ def test_a_start_that_was_given_up_is_ended_when_it_comes(tmp_path: Path, impati
     act(scenario, tmp_path)
 
 
+def test_no_two_starts_are_taken_for_each_other(tmp_path: Path, impatient: None) -> None:
+    """A create whose start failed gives its id back, but what comes of that start later is not the next one's."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        supervisor = Supervisor(engine, 1)
+        asked = msgspec.structs.replace(container(nest()), state="running")
+        with pytest.raises(TimedOut):
+            await engine.create(asked)
+        made = await engine.create(asked)
+        starts = [call for call in supervisor.calls if call[0] == "start"]
+        assert (made.record.id, starts[0][1], starts[1][1]) == (0, 0, 0)
+        assert starts[0][2] != starts[1][2]
+
+    act(scenario, tmp_path)
+
+
+def test_a_container_that_the_supervisor_has_lost_can_be_deleted(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        supervisor = Supervisor(engine, 0)
+        await engine.request_state(BOX, "running")
+        supervisor.lost = True
+        await engine.delete(BOX, force=True)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
 def test_a_root_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
     """The descriptor that nobody waits for any more is closed: it would keep the image's device for ever."""
 

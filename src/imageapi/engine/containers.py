@@ -105,9 +105,10 @@ class Containers:
     # --------------------------------------------------------------------------------------------------- verbs
 
     def prepare(self, record: AnyRecord, *, running: bool) -> None:
-        """A container that is planned has the name of its log, and the number of its first start, if there is one."""
+        """A container that is planned has the name of its log, and the number of its first start, if there is one: no
+        other start has it, since the id may have been another's, of whose start something may still come."""
         logfile = self._ledger.site.logfile(record.id, int(time.time()))
-        record.run = Run(created_at=now(), logfile=logfile, attempt=int(running))
+        record.run = Run(created_at=now(), logfile=logfile, attempt=(1 + record.token) * running)
 
     def make(self, record: AnyRecord) -> None:
         """The container exists: it has its log file, whose first line says so."""
@@ -217,7 +218,10 @@ class Containers:
         if run.state not in ("running", "stopping"):
             return
         run.stop_requested = True
-        await self._supervisor.kill(record.id, run.attempt)
+        try:
+            await self._supervisor.kill(record.id, run.attempt)
+        except NotFound:  # it has no process any more, and nobody is left to say so
+            await self._finish(record, None)
         try:
             await asyncio.wait_for(end.wait(), self._operation_timeout)
         except TimeoutError:
