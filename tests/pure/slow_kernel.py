@@ -92,8 +92,8 @@ def _step(job: Job) -> Step:
 
 
 class Supervisor:
-    """One that fails the first `failures` calls of each verb as if it hung, and then does nothing but note them. What it has
-    `lost` it cannot kill."""
+    """One that fails the first `failures` calls of each verb as if it hung, and then does nothing but note them. Once
+    it has `lost` its containers it can kill none."""
 
     def __init__(self, engine: Engine, failures: int) -> None:
         self.calls: list[tuple[Any, ...]] = []
