@@ -49,12 +49,20 @@ def send_signal(pidfd: int, number: int) -> None:
 def start_time(pid: int) -> int | None:
     """When the process began, in clock ticks since the boot; None when it has ended (a zombie has, too)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            line = file.read(1024)
+        line = _read(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = line[line.rindex(b")") + 2 :].split()  # the name before it may hold anything
     return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def _read(path: str) -> bytes:
+    """A short file of /proc, without what open() asks besides."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(file, 1024)
+    finally:
+        os.close(file)
 
 
 def exit_info(pidfd: int) -> int | None:

@@ -25,8 +25,8 @@ FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWU
 
 class Child(NamedTuple):
     """What is kept for it is kept under `name`. `tie` is our end of the pair that ties it to us: orders go down, and a
-    failure comes up; the end of it is an exec. `output` is our end of its FIFO, `born` its start time, and `parked`
-    whether the kernel could park its pidfd."""
+    failure comes up; the end of it is an exec. `output` is our end of its FIFO, `born` and `inode` are what it is known
+    by again (pidfd.start_time, pidfd.inode), and `parked` whether the kernel could park its pidfd."""
 
     name: str
     pid: int
@@ -34,6 +34,7 @@ class Child(NamedTuple):
     tie: socket.socket
     output: int
     born: int
+    inode: int | None
     parked: bool
 
     def order(self, orders: init.Orders, descriptors: Sequence[int]) -> None:
@@ -60,7 +61,8 @@ class Nursery(NamedTuple):
             pid, descriptor, tie = self._clone(name, group, born_in)
             undo.pop_all()
         parked = self.keep.park(descriptor, name)
-        return Child(name, pid, descriptor, tie, end, pidfd.start_time(pid) or 0, parked)
+        born, inode = pidfd.start_time(pid) or 0, pidfd.inode(descriptor)
+        return Child(name, pid, descriptor, tie, end, born, inode, parked)
 
     def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

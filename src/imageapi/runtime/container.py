@@ -160,7 +160,7 @@ class Container:
             name=child.name,
             boot_id=self._around.boot_id,
             born=child.born,
-            inode=pidfd.inode(child.pidfd),
+            inode=child.inode,
             logfile=order.logfile,
             groups=groups,
         )
