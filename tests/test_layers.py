@@ -22,7 +22,7 @@ VOCABULARY = frozenset({"spec", "records", "errors", "config"})
 ARROWS: dict[str, frozenset[str]] = {
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "linux": frozenset(),
-    "store": VOCABULARY,
+    "store": VOCABULARY | {"linux"},
     "drivers": VOCABULARY | {"linux"},
     "runtime": VOCABULARY | {"linux"},
     "engine": VOCABULARY | {"linux", "drivers", "runtime", "store"},

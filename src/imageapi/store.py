@@ -16,13 +16,12 @@ from collections.abc import Iterable
 import msgspec
 
 from imageapi import records
+from imageapi.linux import whole
 from imageapi.records import SCHEMA, AnyRecord, Key
 
 log = logging.getLogger(__name__)
 
 COUNTERS = "counters.json"
-PAGE = 4096
-"""Bytes, the smallest that a page has anywhere."""
 
 
 class Store:
@@ -36,7 +35,7 @@ class Store:
 
     def save(self, record: AnyRecord) -> None:
         """Write one record, over its former self."""
-        self._publish(self._path(record.key), records.encode(record))
+        whole.write(self._path(record.key), records.encode(record))
 
     def save_all(self, several: Iterable[AnyRecord]) -> None:
         """Write a plan's records, children first; a failure leaves none of them.
@@ -57,7 +56,7 @@ class Store:
     def save_counters(self, following: dict[str, int]) -> None:
         """Write the ids that come next, which records that are gone no longer tell; not those just written."""
         if following != self._counters:
-            self._publish(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
+            whole.write(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
             self._counters = following
 
     def counters(self) -> dict[str, int]:
@@ -86,7 +85,7 @@ class Store:
         """Remove what a writer that was killed had only begun."""
         for name in os.listdir(directory):
             path = f"{directory}/{name}"
-            if name.endswith(".new") or os.path.getsize(path) == 0:
+            if name.endswith(whole.BESIDE) or os.path.getsize(path) == 0:
                 os.unlink(path)
 
     @staticmethod
@@ -101,32 +100,3 @@ class Store:
 
     def _path(self, key: Key) -> str:
         return f"{self._directory}/{key.collection}/{key.id}.json"
-
-    @staticmethod
-    def _publish(path: str, data: bytes) -> None:
-        """Write a file so that a process killed at any instruction leaves it old or new. A page is written in one step
-        of the kernel, and so in place; what is larger is written beside it and renamed."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            size = os.fstat(descriptor).st_size
-            if max(size, len(data)) <= PAGE:
-                _write(descriptor, data.ljust(size))
-                return
-        finally:
-            os.close(descriptor)
-        _replace(path, data)
-
-
-def _replace(path: str, data: bytes) -> None:
-    descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        _write(descriptor, data)
-    finally:
-        os.close(descriptor)
-    os.rename(f"{path}.new", path)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    """All of `data`; a file system that fills up takes a part of it first, and then says why."""
-    while data:
-        data = data[os.write(descriptor, data) :]

@@ -1,6 +1,6 @@
 """What is on disk of each life, so that the next supervisor can take it up: `<id>.json` in the supervisor's directory.
 
-A file is written whole and renamed, without a sync: it means nothing after the next boot.
+Nothing is synced: it means nothing after the next boot.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 
 import msgspec
 
+from imageapi.linux import whole
 from imageapi.runtime.protocol import Life
 
 SUFFIX = ".json"
@@ -35,20 +36,14 @@ _decode = msgspec.json.Decoder(Entry).decode
 
 def save(directory: int, entry: Entry) -> None:
     """Write an entry in place of the last one of its container."""
-    path = f"{entry.life.id}{SUFFIX}"
-    file = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    try:
-        os.write(file, _encode(entry))
-    finally:
-        os.close(file)
-    os.rename(f"{path}.new", path, src_dir_fd=directory, dst_dir_fd=directory)
+    whole.write(f"{entry.life.id}{SUFFIX}", _encode(entry), directory)
 
 
 def load(directory: int, boot_id: str) -> list[Entry]:
     """The entries of this boot; all others are removed."""
     found = []
     for name in sorted(os.listdir(directory)):
-        if name.endswith((SUFFIX, f"{SUFFIX}.new")):
+        if name.endswith((SUFFIX, SUFFIX + whole.BESIDE)):
             entry = _read(directory, name)
             if entry is not None and entry.boot_id == boot_id and name.endswith(SUFFIX):
                 found.append(entry)
