@@ -87,7 +87,8 @@ def _against(target: Target, value: float | None) -> str:
 def _stage_lines(accounts: dict[str, dict[str, list[float]]]) -> Iterator[str]:
     for account, stages in accounts.items():
         told = ", ".join(f"{name} {statistics.median(taken):.2f}" for name, taken in stages.items())
-        yield from wrap(f"{account}: {told}", WIDEST, initial_indent="  ", subsequent_indent="    ")
+        text = f"  {account}: {told}"
+        yield from wrap(text, WIDEST, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _number(value: float) -> str:

@@ -73,11 +73,16 @@ class Service:
         command line, in which the run directory stands; what a container executes has its own."""
         return [pid for pid in map(int, _numbers("/proc")) if str(self.run_dir) in _text(pid, "cmdline")]
 
-    def memory(self) -> float:
-        """The PSS of these processes in kB (proc_pid_smaps(5)): what they share is counted once. What another program
-        shares with them, as this one does the interpreter's code, is counted in part."""
-        rollups = (re.search(r"^Pss: +(\d+)", _text(pid, "smaps_rollup"), re.MULTILINE) for pid in self.processes())
-        return float(sum(int(found[1]) for found in rollups if found))
+    def memory(self, field: str = "Pss") -> dict[str, float]:
+        """The PSS of these processes in kB (proc_pid_smaps(5)), by their names: what they share is counted once. What
+        another program shares with them, as this one does the interpreter's code, is counted in part; `Pss_Anon` leaves
+        out all that is of files."""
+        used: dict[str, float] = {}
+        for pid in self.processes():
+            if found := re.search(rf"^{field}: +(\d+)", _text(pid, "smaps_rollup"), re.MULTILINE):
+                name = _text(pid, "comm").strip()
+                used[name] = used.get(name, 0) + int(found[1])
+        return used
 
     def check_nothing_left(self, client: Client) -> None:
         """Raises: Refused, naming what a figure has left: in a list, mounted, or attached to a loop device."""
