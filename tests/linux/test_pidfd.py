@@ -6,11 +6,14 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from imageapi.linux import pidfd
+from imageapi.linux import libc, pidfd
+from lab.server import eventually
 
 pytestmark = pytest.mark.kernel
 
@@ -77,6 +80,20 @@ def test_a_signal_that_is_handled_or_waited_for_is_caught(sleeper: subprocess.Po
     signal.signal(signal.SIGUSR1, old)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert not pidfd.catches(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_that_is_just_being_waited_for_is_caught() -> None:
+    """The kernel takes it out of the blocked ones as long as it is waited for."""
+    wait = "import signal as s; s.pthread_sigmask(s.SIG_BLOCK, {s.SIGTERM}); print(flush=True); s.sigwait({s.SIGTERM})"
+    with subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        call = Path(f"/proc/{process.pid}/syscall")
+        eventually(lambda: call.read_text().startswith(f"{libc.SYS_rt_sigtimedwait} "), "it waits for a signal")
+        assert pidfd.catches(process.pid, signal.SIGTERM)
+        assert not pidfd.catches(process.pid, signal.SIGUSR1)
+        process.terminate()
+    assert process.returncode == 0
 
 
 def test_one_that_is_gone_catches_nothing() -> None:

@@ -28,6 +28,7 @@ SYS_statmount = 457
 SYS_listmount = 458
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
 SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
+SYS_rt_sigtimedwait = {"x86_64": 128, "aarch64": 137}.get(os.uname().machine, -1)
 SYS_ustat = {"x86_64": 136}.get(os.uname().machine, -1)
 """-1 elsewhere, which the kernel answers with ENOSYS."""
 

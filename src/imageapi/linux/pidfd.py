@@ -14,8 +14,9 @@ import fcntl
 import functools
 import os
 import signal
+import sys
 
-from imageapi.linux.libc import AT_EMPTY_PATH, AT_FDCWD
+from imageapi.linux.libc import AT_EMPTY_PATH, AT_FDCWD, SYS_rt_sigtimedwait
 from imageapi.linux.mount import MOVE_MOUNT_F_EMPTY_PATH, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, move_mount, open_tree
 
 PIDFD_INFO_EXIT = 1 << 3
@@ -116,14 +117,30 @@ def park(pidfd: int, path: str) -> None:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler for the signal, or blocks it in some thread so as to fetch it (sigwait(3));
-    False once it is gone."""
+    """Whether the process has a handler for the signal, or blocks it in some thread so as to fetch it, or is just
+    waiting to fetch it (sigwait(3)); False once it is gone."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return any(_takes(f"/proc/{pid}/task/{thread}/status", number) for thread in os.listdir(f"/proc/{pid}/task"))
+        threads = [f"/proc/{pid}/task/{thread}" for thread in os.listdir(f"/proc/{pid}/task")]
+        return any(_takes(thread, number) or _awaits(thread, number) for thread in threads)
     return False
 
 
-def _takes(path: str, number: int) -> bool:
-    with open(path, "rb") as file:
+def _takes(thread: str, number: int) -> bool:
+    with open(f"{thread}/status", "rb") as file:
         fields = dict(line.split(b":", 1) for line in file)
-    return bool((int(fields[b"SigBlk"], 16) | int(fields[b"SigCgt"], 16)) >> (number - 1) & 1)
+    return _has(int(fields[b"SigBlk"], 16) | int(fields[b"SigCgt"], 16), number)
+
+
+def _awaits(thread: str, number: int) -> bool:
+    """Whether the thread is within rt_sigtimedwait(2), which takes what it waits for out of SigBlk for the time."""
+    with contextlib.suppress(PermissionError), open(f"{thread}/syscall") as file:
+        call, _, arguments = file.read().partition(" ")
+        if call == str(SYS_rt_sigtimedwait):
+            with open(f"{thread}/mem", "rb", buffering=0) as memory:
+                memory.seek(int(arguments.split()[0], 16))
+                return _has(int.from_bytes(memory.read(8), sys.byteorder), number)
+    return False
+
+
+def _has(signals: int, number: int) -> bool:
+    return bool(signals >> (number - 1) & 1)
