@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from imageapi.spec import Secret
+import msgspec
+
+from imageapi.spec import revealing_hook
 
 
 class QmpError(Exception):
@@ -65,9 +66,9 @@ class Qmp:
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         own = f"{self._name}-{next(self._count)}"
-        message = json.dumps({"execute": command, "arguments": words, "id": own}, default=_reveal)
+        message = msgspec.json.encode({"execute": command, "arguments": words, "id": own}, enc_hook=revealing_hook)
         self._socket.settimeout(self._deadline.left())
-        self._socket.sendall(message.encode() + b"\n")
+        self._socket.sendall(message + b"\n")
         while (answer := self._receive()).get("id") != own:
             pass
         if "error" in answer:
@@ -88,7 +89,7 @@ class Qmp:
                 raise ConnectionResetError("the daemon closed the connection")
             self._received += data
         line, self._received = self._received.split(b"\n", 1)
-        message: dict[str, Any] = json.loads(line)
+        message: dict[str, Any] = msgspec.json.decode(line)
         return message
 
 
@@ -138,8 +139,3 @@ def descriptor(path: str) -> int:
     """`path`, a directory, opened to be found by."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-
-def _reveal(value: Any) -> str:
-    if isinstance(value, Secret):
-        return value.reveal()
-    raise TypeError(f"QMP cannot carry a {type(value).__name__}")

@@ -18,7 +18,6 @@ import fcntl
 import itertools
 import os
 import select
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from imageapi.config import Site
 from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descriptor, listens
 from imageapi.errors import Conflict, Problem, Unsupported
 from imageapi.linux import mount, mountinfo
+from imageapi.linux.tree import remove_tree
 from imageapi.records import Key
 from imageapi.spec import COLLECTIONS, Secret
 
@@ -236,7 +236,7 @@ class Daemon:
             with contextlib.suppress(TimeoutError, ConnectionError):
                 self._quit(Deadline(QUIT_TIMEOUT))
         self.kill()
-        shutil.rmtree(self.path)
+        remove_tree(self.path)
 
     def _quit(self, deadline: Deadline) -> None:
         with self._process() as pidfd:
@@ -425,8 +425,7 @@ def _unmount_export(site: Site, key: Key) -> None:
 
 
 def _remove_directory(site: Site, key: Key) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(f"{site.helpers_dir}/{_directory(key)}")
+    remove_tree(f"{site.helpers_dir}/{_directory(key)}")
 
 
 def _make_directory(site: Site, path: str) -> None:

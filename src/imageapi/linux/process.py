@@ -31,6 +31,12 @@ def name(text: str) -> None:
     check(libc.prctl(PR_SET_NAME, os.fsencode(text)[:15], 0, 0, 0), text)
 
 
+def find_program(program: str) -> str | None:
+    """The path of an executable of this name in PATH; None when there is none."""
+    paths = (os.path.join(directory, program) for directory in os.get_exec_path())
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
+
+
 def die_with_parent(signal: int) -> None:
     """Have the kernel send `signal` to this process when its parent ends; it is kept over execve, not over fork.
 

@@ -7,13 +7,13 @@ its mark whichever way was taken, so a release needs no more than the record, an
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import storage_daemon
 from imageapi.drivers.ceph import daemon, kernel, monitors, options
 from imageapi.errors import Unsupported
+from imageapi.linux import process
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Rbd
 
@@ -71,7 +71,7 @@ def choose(site: Site) -> Callable[[Key, Rbd, Site], str]:
 
 def _missing() -> str | None:
     """What keeps the daemon way from working. Its rbd module is seen only when it is used."""
-    if shutil.which(storage_daemon.PROGRAM) is None:
+    if process.find_program(storage_daemon.PROGRAM) is None:
         return f"install {storage_daemon.PACKAGES}"
     if not os.path.exists(FUSE):
         return f"there is no {FUSE}; load the module fuse"

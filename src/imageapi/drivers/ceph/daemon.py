@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -151,7 +150,9 @@ def _group(definition: Rbd) -> str:
     chosen = definition.options
     secret = chosen.secret.reveal() if chosen.secret else ""
     parts = (*sorted(definition.monitors), options.user(chosen), secret)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    from hashlib import sha256  # it loads libcrypto, which nothing else that is forked from the zygote needs
+
+    return sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 # ----------------------------------------------------------------------------------- QEMU's words, and ours

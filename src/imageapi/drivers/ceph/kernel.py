@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 
 from imageapi.config import Site
 from imageapi.drivers import block
 from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import keyring, krbd
+from imageapi.linux import keyring, krbd, process
 from imageapi.records import Key
 from imageapi.spec import Rbd, Secret
 
@@ -23,7 +22,8 @@ look at it, one with cephx refuses it."""
 
 def available(root: str = krbd.BUS) -> bool:
     """Whether the kernel has the driver, once its module has been asked for."""
-    if not krbd.available(root) and shutil.which("modprobe") and os.path.isdir(f"/lib/modules/{os.uname().release}"):
+    modules = f"/lib/modules/{os.uname().release}"
+    if not krbd.available(root) and process.find_program("modprobe") and os.path.isdir(modules):
         subprocess.run(["modprobe", "rbd"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
     return krbd.available(root)
 
