@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from functools import cache
+import time
+from functools import cache, lru_cache
 from http import HTTPStatus
 
 import msgspec
@@ -15,6 +16,8 @@ from imageapi.errors import Problem, TooLarge
 log = logging.getLogger(__name__)
 
 JSON = "application/json"
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -59,7 +62,17 @@ def raw(problem: Problem) -> bytes:
 
 def head(status: int, headers: Headers) -> bytes:
     """All of an answer before its body."""
-    return _status_line(status) + b"".join([b"%b: %b\r\n" % header for header in headers]) + b"\r\n"
+    lines = [_status_line(status), _date(int(time.time())), *(b"%b: %b\r\n" % header for header in headers), b"\r\n"]
+    return b"".join(lines)
+
+
+@lru_cache(maxsize=1)
+def _date(moment: int) -> bytes:
+    """When an answer was made, which every answer says (RFC 9110, 6.6.1), in English whatever the locale."""
+    at = time.gmtime(moment)
+    clock = f"{at.tm_hour:02}:{at.tm_min:02}:{at.tm_sec:02}"
+    day = f"{DAYS[at.tm_wday]}, {at.tm_mday:02} {MONTHS[at.tm_mon - 1]} {at.tm_year}"
+    return f"date: {day} {clock} GMT\r\n".encode("ascii")
 
 
 @cache
