@@ -229,6 +229,18 @@ def test_a_start_is_possible_after_the_death(supervised: Supervised) -> None:
         assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
 
 
+def test_a_call_whose_connection_breaks_is_asked_of_the_next_supervisor(supervised: Supervised) -> None:
+    """The client learns of the death only by asking: it must not keep itself from hearing of it."""
+    started = supervised.start("/bin/sleep", "1000")
+
+    async def kill() -> None:
+        supervised.kill_supervisor()
+        await supervised.client.kill(started.id, started.attempt)
+
+    supervised.do(kill())
+    supervised.end_of(started)
+
+
 def test_killed_at_any_moment_of_a_start_it_leaves_nothing_half_made(supervised: Supervised) -> None:
     """Either the command runs on, or nothing of it is left; and what was told to have failed does not run."""
     for step in range(8):

@@ -71,6 +71,8 @@ class _Connection:
 
     async def ask(self, request: Request, descriptor: int | None) -> Answer:
         """The answer to a request. Raises: _Lost."""
+        if self._channel.fileno() < 0:
+            raise _Lost
         self._number += 1
         number = self._number
         answer: asyncio.Future[Answer] = self._loop.create_future()
@@ -82,6 +84,8 @@ class _Connection:
             del self._waiting[number]
 
     async def _send(self, data: bytes, descriptor: int | None) -> None:
+        """Returns also when the other end has gone: `_hear` finds that out, after what came before it, and says so.
+        Who tried again at once would keep it from that."""
         while True:
             try:
                 socket.send_fds(self._channel, [data], [] if descriptor is None else [descriptor])
@@ -89,7 +93,7 @@ class _Connection:
             except BlockingIOError:
                 await self._writable()
             except OSError:
-                raise _Lost from None
+                return
 
     async def _writable(self) -> None:
         ready = asyncio.Event()
