@@ -111,6 +111,9 @@ class Supervisor:
         if self.lost:
             raise NotFound(f"container {container} has no start {attempt}")
 
+    async def undo(self, container: int, attempt: int, timeout: float) -> None:
+        self._call("undo", container, attempt)
+
     async def forget(self, container: int, attempt: int) -> None:
         await asyncio.sleep(0.01)
         self._call("forget", container, attempt)

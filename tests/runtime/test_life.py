@@ -241,6 +241,19 @@ def test_a_call_whose_connection_breaks_is_asked_of_the_next_supervisor(supervis
     supervised.end_of(started)
 
 
+def test_a_start_over_which_the_supervisor_dies_fails_when_nothing_is_left_of_it(supervised: Supervised) -> None:
+    """It was stopped before it could execute: a dead supervisor's child, on disk, of which anything may come."""
+    child = supervised.waiting()[0]
+    os.kill(child, signal.SIGSTOP)
+    starting = supervised.begin("/bin/sleep", "1000")
+    eventually(lambda: os.path.exists(f"{supervised.site.supervisor_dir}/0.json"), "its process is noted")
+    supervised.kill_supervisor()
+    with pytest.raises(Problem, match="the supervisor ended"):
+        supervised.do(starting)
+    assert supervised.do(supervised.client.list()) == []
+    assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+
+
 def test_killed_at_any_moment_of_a_start_it_leaves_nothing_half_made(supervised: Supervised) -> None:
     """Either the command runs on, or nothing of it is left; and what was told to have failed does not run."""
     for step in range(8):
@@ -250,8 +263,7 @@ def test_killed_at_any_moment_of_a_start_it_leaves_nothing_half_made(supervised:
         try:
             started = supervised.do(starting)
         except Problem:
-            supervised.resume()
-            eventually(lambda: not supervised.do(supervised.client.list()), "nothing is known of it")
+            assert supervised.do(supervised.client.list()) == [], "nothing is known of it"
         else:
             supervised.resume()
             supervised.kill(started)

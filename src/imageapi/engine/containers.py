@@ -58,7 +58,7 @@ class Containers:
         self._starting: dict[Key, asyncio.Task[None]] = {}
         self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
-        self._strangers: dict[tuple[int, int], asyncio.Event] = {}
+        self._late: set[tuple[int, int]] = set()
         self._supervisor = Supervisor(ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended)
         self._stopper = Stopper(self._supervisor, config.stop_timeout)
 
@@ -185,6 +185,8 @@ class Containers:
         """
         if record.run is not None and self.active(record):
             await self._kill(record)
+        if record.run is not None and (record.id, record.run.attempt) in self._late:
+            raise TimedOut("its start was given up, and what came of it has not ended yet; it is undone when it has")
 
     async def forget(self, record: AnyRecord, *, erase: bool) -> None:
         """What is kept of a container that is gone goes: its end at the supervisor. Its log gets its last line;
@@ -263,6 +265,7 @@ class Containers:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
             if isinstance(problem, TimedOut):
+                self._late.add((record.id, run.attempt))
                 self._tasks.spawn(self._abandon(record.id, run.attempt))
             raise
         else:
@@ -278,13 +281,12 @@ class Containers:
         """End what may still come of a start that nobody waits for any more: a supervisor that hung does it late."""
         while True:
             try:
-                await self._supervisor.kill(container, attempt)
-                return
-            except NotFound:
-                return
+                await self._supervisor.undo(container, attempt, self._operation_timeout)
+                break
             except Problem as problem:
                 log.warning("start %d of container %d is not ended yet: %s", attempt, container, problem.message)
                 await asyncio.sleep(ASK_AGAIN)
+        self._late.discard((container, attempt))
 
     async def _execute(self, record: AnyRecord, run: Run, root: int) -> Started:
         """Have the supervisor execute the command in `root`, which is closed.
@@ -323,8 +325,6 @@ class Containers:
 
     def _on_ended(self, ended: Ended) -> None:
         """The supervisor says that a first process has ended. It may say so before `_start` knows that it began."""
-        if stranger := self._strangers.get((ended.id, ended.attempt)):
-            stranger.set()
         record = self._graph.find(Key("container", ended.id))
         if record is None or _run(record).attempt != ended.attempt:
             return
@@ -396,16 +396,10 @@ class Containers:
 
     async def _dismiss(self, life: Life) -> None:
         """End what the supervisor runs and no record means, so that what it stands on can go."""
-        end = self._strangers[life.id, life.attempt] = asyncio.Event()
         try:
-            if life.running:
-                await self._supervisor.kill(life.id, life.attempt)
-                await asyncio.wait_for(end.wait(), self._operation_timeout)
-            await self._supervisor.forget(life.id, life.attempt)
-        except (Problem, TimeoutError) as error:
-            log.error("process %d belongs to no container, and does not end: %s", life.pid, error)
-        finally:
-            del self._strangers[life.id, life.attempt]
+            await self._supervisor.undo(life.id, life.attempt, self._operation_timeout)
+        except Problem as problem:
+            log.error("process %d belongs to no container, and does not end: %s", life.pid, problem.message)
 
     def _end_of(self, record: AnyRecord) -> asyncio.Event:
         """What is set when the container's present run has ended."""

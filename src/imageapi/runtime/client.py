@@ -1,7 +1,7 @@
 """The server's end of the supervisor: calls with a deadline, and the news of containers that have ended.
 
 When the supervisor dies, another is launched and asked what it found; the containers that ended meanwhile are news
-like any other. A start that was under way has failed, and what may have come of it is killed. Every other call is
+like any other. A start that was under way fails, when what may have come of it has ended. Every other call is
 made again, since it can be made twice.
 """
 
@@ -141,7 +141,6 @@ class Supervisor:
         self._on_ended = on_ended
         self._connection: asyncio.Task[_Connection] | None = None
         self._running: dict[int, int] = {}
-        self._unwanted: set[tuple[int, int]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._launched = float("-inf")
@@ -179,7 +178,7 @@ class Supervisor:
         try:
             started = _expect(await self._ask(order, root, order.timeout + MARGIN), Started)
         except _Lost:
-            self._unwanted.add((order.id, order.attempt))
+            await self.undo(order.id, order.attempt, CALL_TIMEOUT)
             raise errors.Problem("the supervisor ended while it started the container; ask again") from None
         self._running[order.id] = order.attempt
         return started
@@ -195,6 +194,31 @@ class Supervisor:
     async def forget(self, container: int, attempt: int) -> None:
         """Have the record of an end dropped; nothing to drop is no error. Raises: errors.Problem."""
         await self._call(Forget(container, attempt), Done)
+
+    async def undo(self, container: int, attempt: int, timeout: float) -> None:
+        """End what has come of a start, and have it forgotten; nothing to end is no error.
+
+        Raises: errors.TimedOut, when it has not ended in `timeout` seconds; errors.Problem.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._undo(container, attempt)
+        except errors.NotFound:
+            pass
+        except TimeoutError:
+            raise errors.TimedOut(
+                f"start {attempt} of container {container} was killed, but has not ended in {timeout:g}s"
+            ) from None
+
+    async def _undo(self, container: int, attempt: int) -> None:
+        """Ask until it has ended: the news of an end may have gone to a connection that was lost."""
+        await self.kill(container, attempt)
+        while True:
+            try:
+                await self.forget(container, attempt)
+                return
+            except errors.Conflict:
+                await asyncio.sleep(PAUSE)
 
     async def list(self) -> list[Life]:
         """All lives it knows, in order of id. Raises: errors.Problem."""
@@ -287,10 +311,6 @@ class Supervisor:
     def _hear(self, news: Answer) -> None:
         if not isinstance(news, Ended):
             return
-        if (news.id, news.attempt) in self._unwanted:
-            self._unwanted.discard((news.id, news.attempt))
-            self._spawn(self.forget(news.id, news.attempt))
-            return
         if self._running.get(news.id) == news.attempt:
             del self._running[news.id]
         self._on_ended(news)
@@ -320,17 +340,6 @@ class Supervisor:
             life = lives.get(container)
             if life is None or life.attempt != attempt or not life.running:
                 self._hear(_news(container, attempt, life))
-        for life in lives.values():
-            if (life.id, life.attempt) in self._unwanted:
-                await self._discard(life)
-
-    async def _discard(self, life: Life) -> None:
-        """End what came of a start that has failed for its caller."""
-        if life.running:
-            await self.kill(life.id, life.attempt)
-        else:
-            self._unwanted.discard((life.id, life.attempt))
-            await self.forget(life.id, life.attempt)
 
 
 def _expect(answer: Answer, kind: type[A]) -> A:
