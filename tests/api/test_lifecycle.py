@@ -100,11 +100,11 @@ def test_a_command_that_ends_well_is_exited_and_one_that_fails_is_dead(server: S
 
 
 def test_an_ended_container_is_started_again(server: Server) -> None:
-    server.post("/container", box("/bin/sh -c 'exit 3'"))
-    server.await_state(0, "dead")
+    server.post("/container", box("/bin/sh -c 'mkdir /once && exit 3; exec sleep 1000'"))
+    assert "problem" in server.await_state(0, "dead")
     again = server.get("/container/0/running")
+    assert again["state"] == "running"
     assert "problem" not in again
-    server.await_state(0, "dead")
     log = Path(again["logfile"]).read_text()
     assert log.count("starting container") == 2
 
