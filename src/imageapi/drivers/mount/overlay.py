@@ -200,9 +200,9 @@ def _refusal(error: OSError, words: str) -> Problem | None:
 def _clear_work(path: str) -> None:
     """Remove what overlayfs leaves of itself, which is nearly always all there is: so nothing need be searched."""
     with contextlib.suppress(OSError):
-        os.unlink(f"{path}/work/incompat/volatile/dirty")
+        os.unlink(os.path.join(path, "work/incompat/volatile/dirty"))
         for directory in ("work/incompat/volatile", "work/incompat", "work"):
-            os.rmdir(f"{path}/{directory}")
+            os.rmdir(os.path.join(path, directory))
 
 
 def _remove(path: str) -> None:
