@@ -139,6 +139,12 @@ def test_a_command_that_could_never_run_is_not_defined(server: Server, command: 
     assert server.everything() == []
 
 
+def test_a_failed_create_leaves_no_log(server: Server) -> None:
+    server.refused("POST", "/container", 422, box("/bin/no-such-program"))
+    assert list((server.run_dir / "logs").iterdir()) == []
+    assert server.everything() == []
+
+
 def test_a_cycle(server: Server) -> None:
     """A mount cannot stand on itself: the id it would get is not there yet."""
     server.refused("POST", "/mount/overlay", 404, {"lower": [0]})
