@@ -42,7 +42,7 @@ SMALL_FILES = {
     "etc/os-release": ('NAME="Small image"\nID=small\n', 0o644),
     "etc/passwd": ("root:x:0:0:root:/root:/bin/sh\n", 0o644),
     "data/message": ("written when the image was made\n", 0o644),
-    "data/script": ("#!/bin/sh\necho script \"$@\"\n", 0o755),
+    "data/script": ('#!/bin/sh\necho script "$@"\n', 0o755),
     "bin/no-interpreter": ("#!/missing/interp\n", 0o755),
     "bin/plain": ("no program: it is not executable\n", 0o644),
 }

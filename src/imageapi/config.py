@@ -223,19 +223,41 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--version", action="version", version=f"imageapi-server {__version__}")
 
     where = parser.add_argument_group("listeners")
-    where.add_argument("--scheme", action="append", choices=("http", "https", "unix"), dest="schemes",
-                       help="what to listen on; may repeat (unix)")
-    where.add_argument("--host", type=_argument(_host), default=env("HOST", "localhost"),
-                       help="address of the http listener ($HOST, else localhost)")
-    where.add_argument("--port", type=_argument(_port), default=env("PORT", "8080"),
-                       help="its port; 0: a free one ($PORT, else 8080)")
-    where.add_argument("--socket-path", type=_argument(_directory), default=DEFAULT_SOCKET,
-                       help=f"the unix listener ({DEFAULT_SOCKET})")
+    where.add_argument(
+        "--scheme",
+        action="append",
+        choices=("http", "https", "unix"),
+        dest="schemes",
+        help="what to listen on; may repeat (unix)",
+    )
+    where.add_argument(
+        "--host",
+        type=_argument(_host),
+        default=env("HOST", "localhost"),
+        help="address of the http listener ($HOST, else localhost)",
+    )
+    where.add_argument(
+        "--port", type=_argument(_port), default=env("PORT", "8080"), help="its port; 0: a free one ($PORT, else 8080)"
+    )
+    where.add_argument(
+        "--socket-path",
+        type=_argument(_directory),
+        default=DEFAULT_SOCKET,
+        help=f"the unix listener ({DEFAULT_SOCKET})",
+    )
     where.add_argument("--insecure-http", action="store_true", help="let plain http listen beyond loopback")
-    where.add_argument("--allowed-host", action="append", type=_argument(_host), default=[], dest="allowed_hosts",
-                       metavar="NAME", help="a further name that the Host of a request may have; may repeat")
-    where.add_argument("--listen-limit", type=_argument(_whole), default="0",
-                       help="most connections at once (0: no limit)")
+    where.add_argument(
+        "--allowed-host",
+        action="append",
+        type=_argument(_host),
+        default=[],
+        dest="allowed_hosts",
+        metavar="NAME",
+        help="a further name that the Host of a request may have; may repeat",
+    )
+    where.add_argument(
+        "--listen-limit", type=_argument(_whole), default="0", help="most connections at once (0: no limit)"
+    )
     where.add_argument("--keep-alive", type=_argument(_limit), default="3m", help="an idle connection's time (3m)")
     where.add_argument("--read-timeout", type=_argument(_limit), default="30s", help="to read a request (30s)")
     where.add_argument("--write-timeout", type=_argument(_limit), default="60s", help="to write an answer (60s)")
@@ -245,22 +267,45 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         where.add_argument(f"--tls-{option}", help=argparse.SUPPRESS)
 
     work = parser.add_argument_group("work")
-    work.add_argument("--run-dir", type=_argument(_directory), default=DEFAULT_RUN_DIR,
-                      help=f"mounts, logs and state ({DEFAULT_RUN_DIR})")
-    work.add_argument("--first-id", type=_argument(_whole), default="0",
-                      help="where ids start (0; 1 for Go clients, whose encoder drops a 0)")
-    work.add_argument("--operation-timeout", type=_argument(_limit), default="25s",
-                      help="an operation without progress is undone after it (25s)")
-    work.add_argument("--stop-timeout", type=_argument(duration), default="30s",
-                      help="from the request to exit until SIGKILL (30s)")
-    work.add_argument("--rbd-backend", choices=("auto", "kernel", "daemon"), default="auto",
-                      help="map images with the kernel's rbd driver or with qemu-storage-daemon (auto)")
-    work.add_argument("--cleanup-timeout", type=_argument(duration), default="10s",
-                      help="at the end, for what is being undone (10s)")
-    work.add_argument("--graceful-timeout", type=_argument(duration), default="15s",
-                      help="at the end, for requests under way (15s)")
-    work.add_argument("--log-level", type=_argument(_log_level), default=env("IMAGEAPI_LOGLEVEL", "INFO"),
-                      help="PANIC to TRACE ($IMAGEAPI_LOGLEVEL, else INFO)")
+    work.add_argument(
+        "--run-dir",
+        type=_argument(_directory),
+        default=DEFAULT_RUN_DIR,
+        help=f"mounts, logs and state ({DEFAULT_RUN_DIR})",
+    )
+    work.add_argument(
+        "--first-id",
+        type=_argument(_whole),
+        default="0",
+        help="where ids start (0; 1 for Go clients, whose encoder drops a 0)",
+    )
+    work.add_argument(
+        "--operation-timeout",
+        type=_argument(_limit),
+        default="25s",
+        help="an operation without progress is undone after it (25s)",
+    )
+    work.add_argument(
+        "--stop-timeout", type=_argument(duration), default="30s", help="from the request to exit until SIGKILL (30s)"
+    )
+    work.add_argument(
+        "--rbd-backend",
+        choices=("auto", "kernel", "daemon"),
+        default="auto",
+        help="map images with the kernel's rbd driver or with qemu-storage-daemon (auto)",
+    )
+    work.add_argument(
+        "--cleanup-timeout", type=_argument(duration), default="10s", help="at the end, for what is being undone (10s)"
+    )
+    work.add_argument(
+        "--graceful-timeout", type=_argument(duration), default="15s", help="at the end, for requests under way (15s)"
+    )
+    work.add_argument(
+        "--log-level",
+        type=_argument(_log_level),
+        default=env("IMAGEAPI_LOGLEVEL", "INFO"),
+        help="PANIC to TRACE ($IMAGEAPI_LOGLEVEL, else INFO)",
+    )
     return parser
 
 

@@ -204,7 +204,9 @@ class Cluster:
         """All bytes of an image as the cluster has them."""
         return subprocess.run(
             ["rbd", "-c", self.conf, "export", "--no-progress", f"{pool}/{name}", "-"],
-            check=True, capture_output=True, timeout=120,
+            check=True,
+            capture_output=True,
+            timeout=120,
         ).stdout
 
     def snapshot(self, image: str, name: str, pool: str = "rbd", protect: bool = False) -> None:
@@ -247,8 +249,16 @@ class Cluster:
         address = f"[v2:{self.monitor}:3300,v1:{self.monitor}:6789]"
         _run("monmaptool", "--create", "--fsid", self.fsid, "--addv", "a", address, self._path("monmap"))
         _run(
-            "ceph-mon", "-c", self.conf, "-i", "a", "--mkfs",
-            "--monmap", self._path("monmap"), "--keyring", self._path("mon.keyring"),
+            "ceph-mon",
+            "-c",
+            self.conf,
+            "-i",
+            "a",
+            "--mkfs",
+            "--monmap",
+            self._path("monmap"),
+            "--keyring",
+            self._path("mon.keyring"),
         )
 
     def _make_keyrings(self) -> None:
@@ -275,7 +285,10 @@ class Cluster:
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*command, "-c", self.conf, "-f"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
         )
 
     def _end(self, name: str, number: int) -> None:

@@ -170,9 +170,7 @@ def test_detach_refuses_what_is_in_use(attach: Attach, spot: Path) -> None:
     assert loop.is_free(device)
 
 
-def test_detach_does_not_say_done_while_it_is_only_going_to_be(
-    attach: Attach, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detach_does_not_say_done_while_it_is_only_going_to_be(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     """LOOP_CLR_FD succeeds, and the device stays until its last opener closes it."""
     device = attach()
     user = os.open(device, os.O_RDONLY)

@@ -256,8 +256,11 @@ def test_nests_are_as_deep_as_the_limit() -> None:
 def test_the_deepest_nest_can_be_planned_and_shown() -> None:
     image: Any = 1
     for _ in range(dialects.DEEPEST):
-        image = {"rbd": {**FLAT, "rbd": RBD}} if image == 1 else {"loopback": {"fs_type": "squashfs", "loopback": {
-            "path": "/image", "base": "mount", "mount": image}}}
+        image = (
+            {"rbd": {**FLAT, "rbd": RBD}}
+            if image == 1
+            else {"loopback": {"fs_type": "squashfs", "loopback": {"path": "/image", "base": "mount", "mount": image}}}
+        )
     graph, planned = _made(read("container", {"mount": image, "command": "/x"}))
     assert len(planned.steps) == 2 * dialects.DEEPEST + 1
     assert _whole(graph.picture(planned.root.key))["command"] == "/x"

@@ -193,6 +193,7 @@ def _fill(pool: Pool, host: Host) -> list[Job]:
 
 def test_a_store_has_its_places(host: Host) -> None:
     """What hangs on one store leaves others alone; what waits for a place can be taken back."""
+
     async def scenario(pool: Pool, jobs: Jobs) -> None:
         hanging = _fill(pool, host)
         waiting, kept = Chain("dead", chain("w")), Chain("dead", chain("k"))
@@ -212,6 +213,7 @@ def test_a_store_has_its_places(host: Host) -> None:
 
 def test_who_gets_no_place_in_time_is_told_so(host: Host) -> None:
     """It is late like one that hangs, and not given up by its own request: that would be made again for ever."""
+
     async def scenario(pool: Pool, jobs: Jobs) -> None:
         hanging = _fill(pool, host)
         with pytest.raises(TimedOut, match="others wait for dead"):

@@ -89,7 +89,11 @@ def test_the_kernel_gets_its_own_words() -> None:
         name="me", secret=Secret(KEY), namespace="ns", ro=True, ceph_requires_signatures=True, force=True, udev=True
     )
     assert sorted(options.kernel_words(chosen)) == [
-        "_pool_ns=ns", "cephx_require_signatures", f"mount_timeout={options.CONNECT_TIMEOUT}", "name=me", "ro",
+        "_pool_ns=ns",
+        "cephx_require_signatures",
+        f"mount_timeout={options.CONNECT_TIMEOUT}",
+        "name=me",
+        "ro",
     ]
 
 
@@ -124,8 +128,10 @@ def test_the_first_messenger_cannot_be_demanded_of_librados() -> None:
         options.daemon_lines(RbdOptions(ms_mode="legacy"))
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, options.CONNECT_TIMEOUT), (0, options.CONNECT_TIMEOUT), (3, 3),
-                                              (600, options.CONNECT_TIMEOUT)])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(None, options.CONNECT_TIMEOUT), (0, options.CONNECT_TIMEOUT), (3, 3), (600, options.CONNECT_TIMEOUT)],
+)
 def test_connecting_never_takes_longer_than_the_answer_may(asked: int | None, given: int) -> None:
     assert options.connect_timeout(RbdOptions(mount_timeout=asked)) == given
 
@@ -160,6 +166,7 @@ def test_what_is_no_monitor_is_refused_with_its_place(text: str) -> None:
 def test_a_banner_tells_the_messenger() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+
         def serve() -> None:
             connection, _ = server.accept()
             with connection:

@@ -364,9 +364,7 @@ def test_failures_of_the_engine_are_answers(full: Client, method: str, path: str
     full.refused(504, method, path, body)
 
 
-def test_a_bug_is_a_number_in_the_answer_and_a_trace_in_the_log(
-    full: Client, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bug_is_a_number_in_the_answer_and_a_trace_in_the_log(full: Client, caplog: pytest.LogCaptureFixture) -> None:
     full.engine.failure = KeyError("something of ours")
     with caplog.at_level(logging.ERROR):
         problem = full.refused(500, "DELETE", "/container/0")

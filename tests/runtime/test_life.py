@@ -284,8 +284,10 @@ def test_one_with_nothing_to_do_ends_by_itself(site: Site, root: Path) -> None:
     running.end_of(running.start("/bin/true"))
     descriptor = os.pidfd_open(running.pid)
     running.client.close()
-    eventually(lambda: pidfd.exit_info(descriptor) is not None or not os.path.exists(f"{site.supervisor_dir}/keep"),
-               "the supervisor ends")
+    eventually(
+        lambda: pidfd.exit_info(descriptor) is not None or not os.path.exists(f"{site.supervisor_dir}/keep"),
+        "the supervisor ends",
+    )
     os.close(descriptor)
     again = Supervised(site, root)
     assert [life.exit_code for life in again.lives] == [0]

@@ -146,7 +146,7 @@ def _boxes(box: Box, left: float, top: int, scale: float, hue: int) -> Iterator[
     if width < SMALLEST:
         return
     hue = HUES.get(box.name, hue)
-    yield f'<g><title>{escape(box.name)}: {width / WIDTH:.1%}</title>{_rectangle(left, top, width, hue)}'
+    yield f"<g><title>{escape(box.name)}: {width / WIDTH:.1%}</title>{_rectangle(left, top, width, hue)}"
     yield f'<text x="{left + 3:.1f}" y="{top + 12}">{escape(_fitting(box.name, width))}</text></g>'
     for each in box.calls:
         yield from _boxes(each, left, top - HEIGHT, scale, hue)

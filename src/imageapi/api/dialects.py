@@ -288,8 +288,11 @@ def _check_flat(raw: Raw, kind: str, own: str, id_field: str) -> None:
     if id_field not in raw and kind not in raw:
         raise Invalid(f"name the attachment by '{kind}_id', or define it as '{kind}'", path=own)
     if "id" in raw and id_field != "id":
-        raise Invalid(f"'{kind}_id' names the attachment; a mount's own id stands beside its kind: "
-                      f'{{"id": n, "kind": "{kind}"}}', path=f"{own}.id")
+        raise Invalid(
+            f"'{kind}_id' names the attachment; a mount's own id stands beside its kind: "
+            f'{{"id": n, "kind": "{kind}"}}',
+            path=f"{own}.id",
+        )
     for name in raw:
         if name not in known:
             raise Invalid(complaints.unknown(name, known), path=f"{own}.{name}")
@@ -299,8 +302,7 @@ def _with_agreeing_kind(part: Raw, own: str) -> Raw:
     """The part of an attach-mount without the `kind` that may stand in it, which must be its attachment's."""
     kind, attachment = _named_kind(part, own), part.get("attach")
     if kind and isinstance(attachment, dict) and attachment.setdefault("kind", kind) != kind:
-        raise Invalid(f"the kind is '{kind}', but the attachment is of kind '{attachment['kind']}'",
-                      path=f"{own}.kind")
+        raise Invalid(f"the kind is '{kind}', but the attachment is of kind '{attachment['kind']}'", path=f"{own}.kind")
     return _without(part, ("kind",))
 
 
@@ -351,5 +353,3 @@ def _is_text(hint: Any) -> bool:
         return False
     inner = get_args(hint)[:1] if origin is Annotated else get_args(hint)
     return any(map(_is_text, inner)) if inner else hint in (str, Secret)
-
-

@@ -45,16 +45,29 @@ class Routes:
     def _of_kinds(self, collection: str) -> list[Route]:
         base = f"{BASE}/{collection}"
         return [
-            Route(base, Resource(
-                GET=self._list(collection), POST=self._create(collection), DELETE=self._delete_by_query(collection),
-            )),
+            Route(
+                base,
+                Resource(
+                    GET=self._list(collection),
+                    POST=self._create(collection),
+                    DELETE=self._delete_by_query(collection),
+                ),
+            ),
             Route(f"{base}/{{id}}", Resource(GET=self._get(collection), DELETE=self._delete(collection))),
-            Route(f"{base}/{{kind}}", Resource(
-                GET=self._list_of_kind(collection), POST=self._create_of_kind(collection),
-            )),
-            Route(f"{base}/{{kind}}/{{id}}", Resource(
-                GET=self._get_of_kind(collection), DELETE=self._delete_of_kind(collection),
-            )),
+            Route(
+                f"{base}/{{kind}}",
+                Resource(
+                    GET=self._list_of_kind(collection),
+                    POST=self._create_of_kind(collection),
+                ),
+            ),
+            Route(
+                f"{base}/{{kind}}/{{id}}",
+                Resource(
+                    GET=self._get_of_kind(collection),
+                    DELETE=self._delete_of_kind(collection),
+                ),
+            ),
         ]
 
     def _of_containers(self) -> list[Route]:
@@ -63,10 +76,15 @@ class Routes:
         ask = Operation(self._ask_for_state)
         state = Resource(GET=ask, POST=ask, head=False)
         return [
-            Route(base, Resource(
-                GET=self._list("container"), POST=self._create("container"),
-                DELETE=self._delete_by_query("container"), PATCH=Operation(self._patch, ("id", "name", "state")),
-            )),
+            Route(
+                base,
+                Resource(
+                    GET=self._list("container"),
+                    POST=self._create("container"),
+                    DELETE=self._delete_by_query("container"),
+                    PATCH=Operation(self._patch, ("id", "name", "state")),
+                ),
+            ),
             Route(f"{base}/byname/{{name}}", one),
             Route(f"{base}/byname/{{name}}/{{state}}", state),
             Route(f"{base}/{{id}}", one),

@@ -62,8 +62,9 @@ def _based(part: Loopback | Bind, path: str) -> None:
     if part.base == "mount" and part.mount is None:
         raise Invalid("with base 'mount', say which: give it as 'mount'", path=f"{path}.mount")
     if part.base == "root" and part.mount is not None:
-        raise Invalid("with base 'root', the path is the host's: leave 'mount' out, or set base to 'mount'",
-                      path=f"{path}.mount")
+        raise Invalid(
+            "with base 'root', the path is the host's: leave 'mount' out, or set base to 'mount'", path=f"{path}.mount"
+        )
     if part.base == "root" and not part.path.startswith("/"):
         raise Invalid(f"'{part.path}' is no absolute path; begin it with /", path=f"{path}.path")
 

@@ -138,4 +138,3 @@ def listens(directory: int, name: str) -> bool:
 def descriptor(path: str) -> int:
     """`path`, a directory, opened to be found by."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-

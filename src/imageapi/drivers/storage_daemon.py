@@ -199,8 +199,15 @@ class Daemon:
         environment = {"PATH": os.environ.get("PATH", os.defpath)}
         try:
             done = subprocess.run(
-                command, cwd=self.path, env=environment, umask=0o077, timeout=deadline.left(),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                command,
+                cwd=self.path,
+                env=environment,
+                umask=0o077,
+                timeout=deadline.left(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         except FileNotFoundError:
             raise Unsupported(f"this host has no {PROGRAM}: install {PACKAGES}") from None

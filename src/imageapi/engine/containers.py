@@ -87,9 +87,7 @@ class Containers:
 
     def active(self, record: AnyRecord) -> bool:
         """Whether the container has, or is about to have, a process."""
-        return record.key in self._starting or (
-            record.run is not None and record.run.state in ("running", "stopping")
-        )
+        return record.key in self._starting or (record.run is not None and record.run.state in ("running", "stopping"))
 
     def check_deletable(self, record: AnyRecord, *, force: bool) -> None:
         """Refuse to delete a container that runs.

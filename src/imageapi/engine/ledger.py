@@ -132,4 +132,3 @@ class Ledger:
         for waiter in self._waiting.pop(key, ()):
             if not waiter.done():
                 waiter.set_result(None)
-

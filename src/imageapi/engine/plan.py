@@ -111,7 +111,7 @@ class _Planner:
     def _reference(self, thing: Object, path: str) -> Key:
         if thing.id is None:
             raise Invalid(
-                f"give this {thing.COLLECTION} either as a reference, {{\"id\": n}}, or as a definition with its kind",
+                f'give this {thing.COLLECTION} either as a reference, {{"id": n}}, or as a definition with its kind',
                 path=path,
             )
         key = Key(thing.COLLECTION, thing.id)

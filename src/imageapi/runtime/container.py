@@ -229,9 +229,11 @@ class Container:
 
     def _give_up(self, order: Start) -> None:
         """The exec has not come back: answer, and let the process end when its storage lets it."""
-        self._fail(errors.TimedOut(
-            f"{order.argv[0]} could not be read from the image in {order.timeout:g}s; its storage does not answer"
-        ))
+        self._fail(
+            errors.TimedOut(
+                f"{order.argv[0]} could not be read from the image in {order.timeout:g}s; its storage does not answer"
+            )
+        )
         self._say(self._failure())
 
     def _failure(self) -> Failed:

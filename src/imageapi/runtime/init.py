@@ -37,6 +37,7 @@ NOT_EXECUTED = 127
 PLACE = "/image"
 """The directory in the supervisor's root where a container's root is put on its way."""
 
+
 class Inheritance(NamedTuple):
     """What the first process has of its supervisor: descriptors of the supervisor's directory, of the logs, and of the
     version 1 hierarchies in which it makes groups for systemd; and whether the kernel was told to spare or to prefer it

@@ -54,9 +54,7 @@ def test_a_daemon_ended_in_use_is_cleared_away(site: Site, ceph: Cluster, image:
     assert os.listdir(site.helpers_dir) == []
 
 
-def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(
-    site: Site, ceph: Cluster, image: str
-) -> None:
+def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(site: Site, ceph: Cluster, image: str) -> None:
     lost, new = (record(definition(ceph, image), number) for number in range(2))
     with attached(site, lost):
         (pid,) = daemons(site).values()
@@ -115,9 +113,7 @@ def test_reads_wait_for_an_osd_that_is_away(site: Site, machine: Machine, ceph: 
         assert reading.result(timeout=60) == ceph.read_image(image)
 
 
-def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(
-    site: Site, ceph: Cluster, image: str
-) -> None:
+def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(site: Site, ceph: Cluster, image: str) -> None:
     what = definition(ceph, image)
     key = record(what).key
     source = daemon.source(key, what, site)

@@ -99,9 +99,7 @@ def test_the_daemon_outlives_the_process_that_attached(site: Site, ceph: Cluster
         DRIVER.release(what, site)
 
 
-def test_a_read_only_user_needs_the_capabilities_that_the_refusal_names(
-    site: Site, ceph: Cluster, image: str
-) -> None:
+def test_a_read_only_user_needs_the_capabilities_that_the_refusal_names(site: Site, ceph: Cluster, image: str) -> None:
     key = ceph.add_user("reader", {"mon": "profile rbd", "osd": "profile rbd-read-only pool=rbd"})
     what = definition(ceph, image, name="reader", secret=Secret(key))
     refusal = problem(site, what)
@@ -130,9 +128,16 @@ def test_an_image_in_a_namespace(site: Site, ceph: Cluster, small_squashfs: Path
 
 def test_the_second_messenger_and_its_options(site: Site, ceph: Cluster, image: str) -> None:
     chosen: dict[str, Any] = {
-        "ms_mode": "secure", "nocrc": True, "noshare": True, "read_from_replica": "localize",
-        "crush_location": "host:h1|rack:r1", "compression_hint": "compressible", "mount_timeout": 5,
-        "rxbounce": True, "noudev": True, "notrim": True,
+        "ms_mode": "secure",
+        "nocrc": True,
+        "noshare": True,
+        "read_from_replica": "localize",
+        "crush_location": "host:h1|rack:r1",
+        "compression_hint": "compressible",
+        "mount_timeout": 5,
+        "rxbounce": True,
+        "noudev": True,
+        "notrim": True,
     }
     with attached(site, record(definition(ceph, image, **chosen))) as device:
         assert Path(device).read_bytes() == ceph.read_image(image)
@@ -177,9 +182,7 @@ def test_ten_images_share_one_daemon_which_ends_with_the_last(site: Site, ceph: 
     assert os.listdir(site.helpers_dir) == []
 
 
-def test_a_full_daemon_is_left_alone(
-    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_daemon_is_left_alone(site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_daemon, "LIMIT", 1)
     first, second = (record(definition(ceph, image), number) for number in range(2))
     with attached(site, first), attached(site, second):
@@ -231,9 +234,7 @@ def test_what_the_cluster_has_not_is_named(site: Site, ceph: Cluster, image: str
 
 
 @pytest.mark.parametrize("secret", ["not base64!", MASK, "QUJDREVGR0g="])
-def test_a_secret_that_is_no_key_never_reaches_the_cluster(
-    site: Site, ceph: Cluster, image: str, secret: str
-) -> None:
+def test_a_secret_that_is_no_key_never_reaches_the_cluster(site: Site, ceph: Cluster, image: str, secret: str) -> None:
     refusal = problem(site, definition(ceph, image, secret=Secret(secret)))
     assert (refusal.code, refusal.fields["path"]) == (422, "$.options.secret")
 
