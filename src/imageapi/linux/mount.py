@@ -236,7 +236,7 @@ def split_options(options: Sequence[str]) -> tuple[int, list[str]]:
     """The MS_ flags in mount options, later ones winning, and the rest, which is the file system's own data.
     An item may hold several, with commas between them; a comma in double quotes divides nothing."""
     flags, data = 0, []
-    for option in (part for item in options for part in _at_commas(item)):
+    for option in (part for item in options for part in at_commas(item)):
         if option in _FLAGS:
             add, remove = _FLAGS[option]
             flags = flags & ~remove | add
@@ -245,7 +245,8 @@ def split_options(options: Sequence[str]) -> tuple[int, list[str]]:
     return flags, data
 
 
-def _at_commas(text: str) -> Iterator[str]:
+def at_commas(text: str) -> Iterator[str]:
+    """The single options in one item."""
     start, quoted = 0, False
     for at, letter in enumerate(f"{text},"):
         if letter == '"':
