@@ -11,9 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What the demo runs beside the server: images are made and looked at with these.
 DEMO_PACKAGES := busybox-static curl jq mmdebstrap mount procps squashfs-tools util-linux
+# The guest lab: a small Debian with a stock kernel, made of the machine's own package sources, under QEMU.
+LAB_PACKAGES := cpio erofs-utils iproute2 mmdebstrap qemu-system-x86 socat util-linux busybox-static
 # What the tests run: a Ceph of their own, the storage daemon, makers of file systems, a compiler for odd binaries.
 TEST_PACKAGES := $(DEMO_PACKAGES) ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc git iproute2 \
-	libc6-dev qemu-block-extra qemu-system-common strace sudo xfsprogs
+	libc6-dev qemu-block-extra qemu-system-common strace sudo xfsprogs $(LAB_PACKAGES)
 
 # What the benchmark runs: whom it measures the service against, and what it makes programs and images with.
 BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6-dev mmdebstrap mount podman procps \
@@ -22,7 +24,8 @@ BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest"
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test test-pure demo bench flame lock clean demo-packages test-packages bench-packages
+.PHONY: help setup setup-dev check test test-pure lab demo bench flame lock clean
+.PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +44,9 @@ test: check test-packages  ## Check, then run every test on the real kernel (nee
 
 test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts: seconds.
 	$(PYTEST) -m pure $(PYTEST_ARGS)
+
+lab: $(VENV)/stamp-dev lab-packages  ## Give you a shell in a guest with a stock kernel, where the tests of block storage run (needs root).
+	PYTHONPATH=src:tests $(BIN)/python -m lab.guest
 
 demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
 	$(BIN)/python -m tools.demo
@@ -64,6 +70,9 @@ demo-packages:
 
 test-packages:
 	@tools/apt-install $(TEST_PACKAGES)
+
+lab-packages:
+	@tools/apt-install $(LAB_PACKAGES)
 
 bench-packages:
 	@tools/apt-install $(BENCH_PACKAGES)

@@ -14,7 +14,7 @@ from imageapi.config import Site
 from lab import session as test_session
 from lab.machine import Machine
 
-pytest_plugins = ("lab.fixtures",)
+pytest_plugins = ("lab.fixtures", "lab.guest.fixtures")
 
 MACHINE = pytest.StashKey[Machine]()
 

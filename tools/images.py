@@ -25,6 +25,12 @@ Format = Literal["squashfs", "erofs", "ext4"]
 SYSTEMD_PACKAGES = ("dbus", "procps", "systemd")
 """Beside what Debian calls essential: logind needs the bus, and `ps` shows the container from within."""
 
+SMALLER_DEBIAN = (
+    *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"),
+    *("--dpkgopt=path-exclude=/usr/share/locale/*", "--aptopt=Acquire::Languages none"),
+)
+"""What mmdebstrap leaves out from the beginning."""
+
 DISCARDED = (
     *("boot/*", "usr/games", "usr/include", "usr/share/bug", "usr/share/doc", "usr/share/doc-base", "usr/share/info"),
     *("usr/share/lintian", "usr/share/locale", "usr/share/man", "usr/share/zoneinfo", "usr/lib/*-linux-gnu/gconv"),
@@ -62,7 +68,7 @@ def systemd_image() -> Path:
     Needs root. Takes half a minute the first time.
     Raises: subprocess.CalledProcessError; OSError.
     """
-    return _cached("systemd", "squashfs", _suite(), lambda image: _pack_tree(image, _fill_systemd, "squashfs"))
+    return cached("systemd", "squashfs", suite(), lambda image: _pack_tree(image, _fill_systemd, "squashfs"))
 
 
 def small_image(format: Format = "squashfs") -> Path:
@@ -72,15 +78,17 @@ def small_image(format: Format = "squashfs") -> Path:
     `/abs` are symlinks that lead out of the image when they are followed by path.
     Raises: subprocess.CalledProcessError; OSError.
     """
-    made_of = hashlib.sha256(_busybox().read_bytes()).hexdigest()
-    return _cached(f"small-{format}", format, made_of, lambda image: _pack_tree(image, _fill_small, format))
+    made_of = hashlib.sha256(busybox().read_bytes()).hexdigest()
+    return cached(f"small-{format}", format, made_of, lambda image: _pack_tree(image, _fill_small, format))
 
 
 # ---------------------------------------------------------------------------------------------- the cache
 
 
-def _cached(name: str, suffix: str, made_of: str, make: Callable[[Path], None]) -> Path:
-    """The image of this recipe, made if it is not there. Of two who want it at once the second waits for the first."""
+def cached(name: str, suffix: str, made_of: str, make: Callable[[Path], None]) -> Path:
+    """The image of this recipe, made if it is not there; `make` gets the path of the file or directory it shall make,
+    beside which it may leave others. Of two who want it at once the second waits for the first.
+    """
     recipe = hashlib.sha256(Path(__file__).read_bytes() + f"{made_of} {platform.machine()}".encode()).hexdigest()
     image = cache_directory() / f"{name}-{recipe[:12]}.{suffix}"
     with _lock(cache_directory() / f"{name}.lock"):
@@ -110,16 +118,16 @@ def _pack_tree(image: Path, fill: Callable[[Path], None], format: Format) -> Non
 
 
 def _pack_squashfs(tree: Path, image: Path) -> None:
-    _run("mksquashfs", str(tree), str(image), "-comp", "zstd", "-b", "128K", "-all-root", "-no-progress", "-quiet")
+    run("mksquashfs", str(tree), str(image), "-comp", "zstd", "-b", "128K", "-all-root", "-no-progress", "-quiet")
 
 
 def _pack_erofs(tree: Path, image: Path) -> None:
-    _run("mkfs.erofs", "-zlz4", "--all-root", str(image), str(tree))
+    run("mkfs.erofs", "-zlz4", "--all-root", str(image), str(tree))
 
 
 def _pack_ext4(tree: Path, image: Path) -> None:
     size = sum(path.lstat().st_size for path in tree.rglob("*") if not path.is_symlink()) // 1024 + 8192
-    _run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree), str(image), f"{size}k")
+    run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree), str(image), f"{size}k")
 
 
 _PACKERS: dict[Format, Callable[[Path, Path], None]] = {
@@ -129,7 +137,7 @@ _PACKERS: dict[Format, Callable[[Path, Path], None]] = {
 }
 
 
-def _run(*command: str, input: str = "") -> None:
+def run(*command: str, input: str = "") -> None:
     """Raises: subprocess.CalledProcessError, with what the command wrote as its note."""
     done = subprocess.run(command, input=input, capture_output=True, text=True)
     try:
@@ -143,11 +151,10 @@ def _run(*command: str, input: str = "") -> None:
 
 
 def _fill_systemd(tree: Path) -> None:
-    _run(
+    run(
         *("mmdebstrap", "--quiet", "--mode=root", "--variant=essential", f"--include={','.join(SYSTEMD_PACKAGES)}"),
-        *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"),
-        *("--dpkgopt=path-exclude=/usr/share/locale/*", "--aptopt=Acquire::Languages none"),
-        *(_suite(), str(tree), *map(str, _apt_sources(_suite()))),
+        *SMALLER_DEBIAN,
+        *(suite(), str(tree), *map(str, apt_sources(suite()))),
     )
     for pattern in DISCARDED:
         for path in tree.glob(pattern):
@@ -165,7 +172,7 @@ def _mask_units(tree: Path) -> None:
         (tree / "etc/systemd/system" / name).symlink_to("/dev/null")
 
 
-def _suite() -> str:
+def suite() -> str:
     """The Debian release of this machine, by name.
 
     Raises: KeyError on a machine that has none.
@@ -173,7 +180,7 @@ def _suite() -> str:
     return platform.freedesktop_os_release()["VERSION_CODENAME"]
 
 
-def _apt_sources(suite: str) -> list[Path]:
+def apt_sources(suite: str) -> list[Path]:
     """The machine's own lists of package sources, those that have the release itself: others need keys of their own."""
     listed = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.[ls]*"))]
     named = re.compile(rf"^(Suites:|deb)\s.*(?<!\S){re.escape(suite)}(?!\S)", re.MULTILINE)
@@ -196,8 +203,8 @@ def _fill_small(tree: Path) -> None:
 
 def _install_busybox(directory: Path) -> None:
     """One file, and a link for each command it knows; beside it the same file for a machine that is not this one."""
-    shutil.copy(_busybox(), directory / "busybox")
-    listed = subprocess.run([_busybox(), "--list"], check=True, capture_output=True, text=True).stdout.split()
+    shutil.copy(busybox(), directory / "busybox")
+    listed = subprocess.run([busybox(), "--list"], check=True, capture_output=True, text=True).stdout.split()
     for command in set(listed) - {"busybox"}:
         (directory / command).symlink_to("busybox")
     foreign = bytearray((directory / "busybox").read_bytes()[:4096])
@@ -206,7 +213,7 @@ def _install_busybox(directory: Path) -> None:
     (directory / "wrong-arch").chmod(0o755)
 
 
-def _busybox() -> Path:
+def busybox() -> Path:
     """The static one, of the package busybox-static.
 
     Raises: FileNotFoundError.

@@ -101,11 +101,15 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
 class Cluster:
     """One cluster. `monitor` is what a client is told: an address without a port."""
 
-    def __init__(self, directory: str | None = None, address: str | None = None) -> None:
+    def __init__(
+        self, directory: str | None = None, address: str | None = None, *, enter: tuple[str, ...] = ()
+    ) -> None:
+        """`enter` is the beginning of every command: one that runs it in another network."""
         self.directory = directory or tempfile.mkdtemp(prefix="imageapi-ceph-")
         os.makedirs(self.directory, exist_ok=True)
         self.monitor = address or free_address()
         self.fsid = str(uuid.uuid4())
+        self._enter = enter
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # ------------------------------------------------------------------------------------------ life
@@ -203,7 +207,7 @@ class Cluster:
     def read_image(self, name: str, pool: str = "rbd") -> bytes:
         """All bytes of an image as the cluster has them."""
         return subprocess.run(
-            ["rbd", "-c", self.conf, "export", "--no-progress", f"{pool}/{name}", "-"],
+            [*self._enter, "rbd", "-c", self.conf, "export", "--no-progress", f"{pool}/{name}", "-"],
             check=True,
             capture_output=True,
             timeout=120,
@@ -229,11 +233,11 @@ class Cluster:
 
     def ceph(self, *words: str, stdin: str = "") -> str:
         """Run a command of the `ceph` tool as client.admin and return what it printed."""
-        return _run("ceph", "-c", self.conf, "--connect-timeout", "30", *words, stdin=stdin)
+        return _run(*self._enter, "ceph", "-c", self.conf, "--connect-timeout", "30", *words, stdin=stdin)
 
     def rbd(self, *words: str) -> str:
         """Run a command of the `rbd` tool as client.admin and return what it printed."""
-        return _run("rbd", "-c", self.conf, *words)
+        return _run(*self._enter, "rbd", "-c", self.conf, *words)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -249,6 +253,7 @@ class Cluster:
         address = f"[v2:{self.monitor}:3300,v1:{self.monitor}:6789]"
         _run("monmaptool", "--create", "--fsid", self.fsid, "--addv", "a", address, self._path("monmap"))
         _run(
+            *self._enter,
             "ceph-mon",
             "-c",
             self.conf,
@@ -273,7 +278,7 @@ class Cluster:
         key = _run("ceph-authtool", "--gen-print-key").strip()
         self.ceph("osd", "new", identity, "-i", "-", stdin=json.dumps({"cephx_secret": key}))
         _run("ceph-authtool", "--create-keyring", self._path("osd/keyring"), "-n", "osd.0", "--add-key", key)
-        _run("ceph-osd", "-c", self.conf, "-i", "0", "--mkfs", "--osd-uuid", identity)
+        _run(*self._enter, "ceph-osd", "-c", self.conf, "-i", "0", "--mkfs", "--osd-uuid", identity)
 
     def _osd_boot(self) -> int:
         """The epoch at which the OSD last came up; 0 before the first time."""
@@ -284,7 +289,7 @@ class Cluster:
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*command, "-c", self.conf, "-f"],
+            [*self._enter, *command, "-c", self.conf, "-f"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

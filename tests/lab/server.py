@@ -36,15 +36,11 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENC
     return value
 
 
-class Server:
-    """`imageapi-server` with a run directory of its own. It may be stopped, killed and started again."""
+class Api:
+    """What tests ask of a server, over its Unix socket."""
 
-    def __init__(self, run_dir: Path, *options: str) -> None:
-        self.run_dir = run_dir
-        self.socket = run_dir / "api.sock"
-        self.log = run_dir / "server.log"
-        self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
         self.http = self.client()
 
     def client(self) -> httpx.Client:
@@ -52,57 +48,10 @@ class Server:
         transport = httpx.HTTPTransport(uds=str(self.socket))
         return httpx.Client(transport=transport, base_url="http://localhost/imageapi/v1", timeout=60)
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def runs(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        command = [sys.executable, "-m", "imageapi.server", "--scheme", "unix", "--socket-path", str(self.socket)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--run-dir", str(self.run_dir), *self._options], stdout=log, stderr=log, cwd="/"
-            )
-        eventually(self._listens, "the server listens")
-        self.get("/container")
-
-    def _listens(self) -> bool:
-        """It does so before it has looked at what the last one left; what is asked meanwhile is answered after."""
-        assert self._process is not None
-        assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
-        with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(str(self.socket)) == 0
-
-    def stop(self) -> None:
-        """The normal end: containers run on."""
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, number: int) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(PATIENCE)
-            self._process = None
-            self.http.close()
-            self.http = self.client()
-
-    @property
-    def supervisor(self) -> int:
-        """The pid of this run directory's supervisor: the holder of its lock (proc_locks(5))."""
-        lock = os.stat(self.run_dir / "supervisor" / "lock")
-        device = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
-        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        return next(int(fields[4]) for fields in held if fields[5] == device)
-
-    # ------------------------------------------------------------------------------------------------ requests
+    def reconnect(self) -> None:
+        """With the server of before, all connections have ended."""
+        self.http.close()
+        self.http = self.client()
 
     def get(self, path: str) -> Any:
         return _good(self.http.get(path), 200)
@@ -150,6 +99,66 @@ def _good(answer: httpx.Response, code: int) -> Any:
     assert answer.status_code == code, answer.text
     assert answer.headers["content-type"] == "application/json"
     return answer.json()
+
+
+class Server(Api):
+    """`imageapi-server` with a run directory of its own. It may be stopped, killed and started again."""
+
+    def __init__(self, run_dir: Path, *options: str) -> None:
+        super().__init__(run_dir / "api.sock")
+        self.run_dir = run_dir
+        self.log = run_dir / "server.log"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [sys.executable, "-m", "imageapi.server", "--scheme", "unix", "--socket-path", str(self.socket)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--run-dir", str(self.run_dir), *self._options], stdout=log, stderr=log, cwd="/"
+            )
+        eventually(self._listens, "the server listens")
+        self.get("/container")
+
+    def _listens(self) -> bool:
+        """It does so before it has looked at what the last one left; what is asked meanwhile is answered after."""
+        assert self._process is not None
+        assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
+
+    def stop(self) -> None:
+        """The normal end: containers run on."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(PATIENCE)
+            self._process = None
+            self.reconnect()
+
+    @property
+    def supervisor(self) -> int:
+        """The pid of this run directory's supervisor: the holder of its lock (proc_locks(5))."""
+        lock = os.stat(self.run_dir / "supervisor" / "lock")
+        device = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return next(int(fields[4]) for fields in held if fields[5] == device)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,210 @@
+"""The guest's kernel and root file system: a stock Debian kernel with its modules, and a small Debian.
+
+Both are made of packages of the machine's own sources, without booting anything, and kept in the cache. The root is
+read only for the guest: what it writes goes to its memory, so a saved state needs no disk beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tools import images
+
+HERE = Path(__file__).parent
+CHECKOUT = Path(__file__).parents[3]
+
+KERNELS = ("linux-image-6.12-amd64", "linux-image-amd64")
+"""The first that there is. The cloud flavours lack 9p."""
+
+PACKAGES = (
+    *("busybox-static", "kmod", "iproute2", "keyutils", "mount", "procps", "python3", "socat", "strace", "util-linux"),
+    *("btrfs-progs", "dosfstools", "e2fsprogs", "erofs-utils", "genisoimage", "squashfs-tools", "xfsprogs"),
+    *("nfs-common", "nfs-kernel-server", "rpcbind", "open-iscsi", "tgt", "multipath-tools", "dmsetup"),
+    *("qemu-system-common", "qemu-block-extra"),
+)
+
+MODULES = (
+    *("arch", "block", "crypto", "fs", "lib", "mm", "net/9p", "net/ceph", "net/core", "net/dns_resolver", "net/ipv4"),
+    *("net/ipv6", "net/sunrpc", "net/tls", "net/netfilter", "drivers/block", "drivers/char", "drivers/cdrom"),
+    *("drivers/md", "drivers/net", "drivers/nvme", "drivers/scsi", "drivers/target", "drivers/virtio", "kernel"),
+)
+"""The folders of the kernel's modules that a guest without hardware can use."""
+
+TO_ROOT = ("virtio_pci", "virtio_blk", "erofs", "overlay")
+"""The modules on the way to the root file system."""
+
+INITRAMFS = """\
+#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs none /dev
+/bin/busybox mount -t tmpfs -o mode=755 none /memory
+while read module; do /bin/busybox insmod /modules/$module; done </modules/order
+/bin/busybox mkdir /memory/upper /memory/work
+/bin/busybox mount -t erofs -o ro /dev/vda /lower
+/bin/busybox mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /root
+exec /bin/busybox switch_root /root /sbin/init
+"""
+
+INITTAB = """\
+::sysinit:/lab/start
+::respawn:/usr/bin/python3 /lab/agent.py
+hvc0::respawn:/bin/bash --login
+"""
+
+
+class Root(NamedTuple):
+    """What QEMU boots."""
+
+    directory: Path
+
+    @property
+    def kernel(self) -> Path:
+        return self.directory / "vmlinuz"
+
+    @property
+    def initramfs(self) -> Path:
+        return self.directory / "initramfs"
+
+    @property
+    def disk(self) -> Path:
+        return self.directory / "root.erofs"
+
+    @property
+    def release(self) -> str:
+        """The kernel's, as `uname -r` says it."""
+        return (self.directory / "release").read_text()
+
+
+def root() -> Root:
+    """The kernel and the root, made on first use: a minute.
+
+    Raises: subprocess.CalledProcessError; OSError.
+    """
+    recipe = hashlib.sha256()
+    for path in (HERE / "root.py", HERE / "agent.py", HERE / "start.sh", CHECKOUT / "requirements-dev.lock"):
+        recipe.update(path.read_bytes())
+    return Root(images.cached("guest-root", "d", f"{recipe.hexdigest()} {images.suite()}", _make))
+
+
+def _make(directory: Path) -> None:
+    directory.mkdir()
+    scratch = directory.parent / "scratch"
+    scratch.mkdir()
+    tree, kernel = scratch / "tree", scratch / "kernel"
+    images.run(*_mmdebstrap(tree))
+    _unpack_kernel(kernel)
+    release = next((kernel / "lib/modules").iterdir()).name
+    shutil.copy(kernel / f"boot/vmlinuz-{release}", directory / "vmlinuz")
+    (directory / "release").write_text(release)
+    _copy_modules(kernel / "lib/modules" / release, tree / "usr/lib/modules" / release, tree, release)
+    _install_lab(tree)
+    _pack_initramfs(scratch / "initramfs", tree, release, directory / "initramfs")
+    images.run("mkfs.erofs", "--quiet", str(directory / "root.erofs"), str(tree))
+
+
+def _mmdebstrap(tree: Path) -> list[str]:
+    return [
+        *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
+        *images.SMALLER_DEBIAN,
+        *("--aptopt=APT::Install-Recommends false", images.suite(), str(tree)),
+        *map(str, images.apt_sources(images.suite())),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ the kernel
+
+
+def _unpack_kernel(to: Path) -> None:
+    """Downloaded and unpacked, not installed: nothing of it comes to this machine."""
+    to.mkdir()
+    subprocess.run(["apt-get", "download", _kernel_package()], cwd=to, check=True, capture_output=True)
+    images.run("dpkg-deb", "--extract", str(next(to.glob("*.deb"))), str(to))
+
+
+def _kernel_package() -> str:
+    """The package that the first known one of KERNELS stands for.
+
+    Raises: LookupError.
+    """
+    for name in KERNELS:
+        listed = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True).stdout
+        if found := re.search(r"Depends: (linux-image-\d\S+)", listed):
+            return found[1]
+    raise LookupError(f"apt knows none of the packages {', '.join(KERNELS)}")
+
+
+def _copy_modules(source: Path, to: Path, tree: Path, release: str) -> None:
+    for name in MODULES:
+        wanted = source / "kernel" / name
+        shutil.copytree(wanted, to / "kernel" / name, dirs_exist_ok=True) if wanted.is_dir() else None
+    for path in source.glob("modules.[bo]*"):
+        shutil.copy(path, to)
+    images.run("chroot", str(tree), "depmod", release)
+
+
+def _pack_initramfs(directory: Path, tree: Path, release: str, to: Path) -> None:
+    for name in ("bin", "dev", "memory", "lower", "root", "modules"):
+        (directory / name).mkdir(parents=True)
+    shutil.copy(images.busybox(), directory / "bin/busybox")
+    order = _unpack_modules(tree, release, directory / "modules")
+    (directory / "modules/order").write_text("".join(f"{name}\n" for name in order))
+    (directory / "init").write_text(INITRAMFS)
+    (directory / "init").chmod(0o755)
+    names = "\n".join(str(path.relative_to(directory)) for path in sorted(directory.rglob("*")))
+    with to.open("wb") as file:
+        command = ["cpio", "--quiet", "--create", "--format=newc", "--owner=0:0"]
+        subprocess.run(command, cwd=directory, input=names.encode(), stdout=file, check=True)
+
+
+def _unpack_modules(tree: Path, release: str, to: Path) -> list[str]:
+    """Those on the way to the root, decompressed, in the order in which they can be loaded."""
+    command = ["chroot", str(tree), "modprobe", "--set-version", release, "--show-depends", "--all", *TO_ROOT]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    inserted = (line.split()[1] for line in shown.splitlines() if line.startswith("insmod"))
+    paths = list(dict.fromkeys(tree / path.lstrip("/") for path in inserted))
+    for path in paths:
+        (to / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+    return [path.stem for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------- our own
+
+
+def _install_lab(tree: Path) -> None:
+    """The agent, what starts it, and what our package and its tests need to run; not the package itself."""
+    for directory in ("lab", "imageapi", "host"):
+        (tree / directory).mkdir()
+    shutil.copy(HERE / "agent.py", tree / "lab/agent.py")
+    shutil.copy(HERE / "start.sh", tree / "lab/start")
+    (tree / "lab/start").chmod(0o755)
+    (tree / "etc/inittab").write_text(INITTAB)
+    (tree / "sbin/init").unlink(missing_ok=True)
+    (tree / "sbin/init").symlink_to("/usr/bin/busybox")
+    (tree / "etc/hostname").write_text("guest\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n10.0.2.15 guest\n")
+    (tree / "etc/profile.d/lab.sh").write_text(
+        "export PYTHONPATH=/imageapi/src:/imageapi/tests:/imageapi:/lab/packages\n"
+    )
+    _install_packages(tree / "lab/packages", next((tree / "usr/lib").glob("python3.*")).name.removeprefix("python"))
+
+
+def _install_packages(to: Path, python: str) -> None:
+    """The guest's Python may be another than this one: it gets wheels of its own version, those of our lock."""
+    pinned = to.parent / "pinned.txt"
+    pinned.write_text(_only(("httptools", "msgspec", "uvloop"), (CHECKOUT / "requirements-dev.lock").read_text()))
+    images.run(
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target", str(to)),
+        *("--python-version", python, "--only-binary=:all:", "--no-deps", "--require-hashes", "-r", str(pinned)),
+    )
+
+
+def _only(names: tuple[str, ...], lock: str) -> str:
+    """These packages' lines of a lock: a name and version, then its hashes, each but the last ends in a backslash."""
+    entries = re.findall(r"^(?:[^\s#].*\\\n)(?:\s+--hash.*\n)+", lock, re.MULTILINE)
+    return "".join(entry for entry in entries if entry.split("==")[0] in names)

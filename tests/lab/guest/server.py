@@ -1,0 +1,67 @@
+"""The real server, in the guest. Tests speak to it as to one on this machine."""
+
+from __future__ import annotations
+
+import httpx
+
+from lab.guest.guest import Guest
+from lab.guest.link import GuestError
+from lab.server import Api, eventually
+
+RUN_DIR = "/run/imageapi"
+LOG = "/run/imageapi-server.log"
+STARTS = 60.0
+"""Seconds; under emulation two or three."""
+
+
+class GuestServer(Api):
+    """`imageapi-server` of this checkout. It may be stopped, killed and started again."""
+
+    def __init__(self, guest: Guest, *options: str) -> None:
+        super().__init__(guest.api_socket)
+        self.guest = guest
+        self.pid = 0
+        self._options = options
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = ["python3", "-m", "imageapi.server", "--scheme", "unix", "--socket-path", f"{RUN_DIR}/api.sock"]
+        self.pid = self.guest.start(*command, "--run-dir", RUN_DIR, *self._options, log=LOG)
+        eventually(self._answers, "the server in the guest answers", STARTS)
+
+    def _answers(self) -> bool:
+        """What forwards to the server is there before it: the connection is then closed without an answer."""
+        try:
+            return self.http.get("/container").status_code == 200
+        except httpx.TransportError:
+            if self.guest.complete("test", "-d", f"/proc/{self.pid}").returncode:
+                raise GuestError(f"the server ended:\n{self.log()}") from None
+            return False
+
+    def log(self) -> str:
+        """What it wrote."""
+        return self.guest.read(LOG).decode()
+
+    def stop(self) -> None:
+        """The normal end: containers run on."""
+        self._end("TERM")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end("KILL")
+
+    def _end(self, signal: str) -> None:
+        if self.pid:
+            self.guest.kill(self.pid, signal)
+            self.pid = 0
+            self.reconnect()
+
+    def remove(self) -> None:
+        """Delete all that the test left in it, end it, and remove its files."""
+        if not self.pid:
+            self.start()
+        self.clear()
+        self.stop()
+        self.http.close()
+        self.guest.run("rm", "-rf", "--one-file-system", RUN_DIR, LOG)
+        self.guest.run("mkdir", RUN_DIR)

@@ -1,0 +1,58 @@
+"""The saved state that every guest starts from: booted once, its modules loaded, its agent waiting."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.guest import link, qemu
+from lab.guest.root import root
+from tools import images
+
+ACCELERATOR = os.environ.get("LAB_ACCELERATOR", "tcg,thread=multi")
+"""Emulation works everywhere; `LAB_ACCELERATOR=kvm` is faster where the machine can."""
+
+
+class State(NamedTuple):
+    """A stopped machine: its memory, and the rest of it."""
+
+    shape: qemu.Shape
+    directory: Path
+
+    @property
+    def memory(self) -> Path:
+        return self.directory / "memory"
+
+    @property
+    def devices(self) -> Path:
+        return self.directory / "devices"
+
+
+def booted() -> State:
+    """The state after a boot, made on first use: a quarter of a minute.
+
+    Raises: subprocess.CalledProcessError, OSError, RuntimeError.
+    """
+    shape = qemu.Shape(root(), ACCELERATOR)
+    version = subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True, text=True).stdout
+    code = hashlib.sha256(Path(qemu.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    made_of = f"{shape.root.directory} {shape.accelerator} {version} {code}"
+    return State(shape, images.cached("guest-state", "d", made_of, lambda directory: _boot(State(shape, directory))))
+
+
+def _boot(state: State) -> None:
+    state.directory.mkdir()
+    scratch = state.directory.parent / "boot"
+    scratch.mkdir()
+    machine = qemu.Qemu(state.shape, state.memory, scratch)
+    machine.start()
+    try:
+        agent = link.Link(machine)
+        agent.run(["sync"], timeout=qemu.PATIENCE)
+        agent.close()
+        machine.save(state.devices)
+    finally:
+        machine.stop()
