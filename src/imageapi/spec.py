@@ -258,6 +258,19 @@ class Container(Spec, frozen=True, kw_only=True):
     finished_at: Annotated[str | None, SERVER] = None
 
 
+class Progress(Spec, frozen=True, kw_only=True):
+    """What is being made or released at this moment. `id` is there once the object can be read; `done` and `total` are
+    bytes, and there when they are known; `since` is RFC 3339, in UTC."""
+
+    collection: str
+    id: Id | None = None
+    kind: str
+    step: str
+    done: Annotated[int, Meta(ge=0)] | None = None
+    total: Annotated[int, Meta(ge=0)] | None = None
+    since: str
+
+
 Object = Attachment | Mount | Container
 """What a collection holds."""
 O = TypeVar("O", bound=Attachment | Mount | Container)  # noqa: E741  (the object a function is about)

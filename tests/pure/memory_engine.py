@@ -11,7 +11,7 @@ from imageapi.engine.graph import Graph, Picture
 from imageapi.engine.plan import Plan, plan
 from imageapi.errors import Invalid, NotFound, Unsupported
 from imageapi.records import AnyRecord, Facts, Key, Phase, Run
-from imageapi.spec import Object
+from imageapi.spec import Object, Progress
 from pure.nests import answers
 
 
@@ -38,6 +38,9 @@ class MemoryEngine(Engine):
         if key is None:
             raise NotFound(f"there is no container named '{name}'")
         return key
+
+    def progress(self) -> list[Progress]:
+        return [Progress(collection="mount", kind="uri", step="waiting", since="2026-01-01T00:00:00Z")]
 
     async def create(self, thing: Object) -> Picture:
         self._fail()

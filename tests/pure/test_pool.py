@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from imageapi.config import Site
+from imageapi.drivers import progress
 from imageapi.engine import worker, zygote
 from imageapi.engine.graph import Graph
 from imageapi.engine.jobs import GivenUp, Jobs
@@ -31,6 +32,7 @@ class Host:
         self.failing: set[str] = set()
         self.gates: dict[str, threading.Event] = {}
         self.reached: dict[str, threading.Event] = {}
+        self.steps: dict[str, list[threading.Event]] = {}
         self.other_end = -1
 
     def hold(self, name: str) -> None:
@@ -38,7 +40,7 @@ class Host:
 
     def let_go(self) -> None:
         """Hold nothing any more."""
-        for gate in self.gates.values():
+        for gate in (*self.gates.values(), *(leave for steps in self.steps.values() for leave in steps)):
             gate.set()
 
     def do(self, site: Site, name: str) -> object:
@@ -48,7 +50,15 @@ class Host:
             assert self.gates[name].wait(10)
         if name in self.failing:
             raise Invalid(f"{name} fails")
+        if name in self.steps:
+            self.go_step_by_step(name)
         return self._pipe() if name == "descriptor" else name.upper()
+
+    def go_step_by_step(self, name: str) -> None:
+        """Say how far it is, then wait for leave to go on: until there is no further step."""
+        for number, leave in enumerate(self.steps[name]):
+            progress.tell(f"step {number}", number, len(self.steps[name]))
+            assert leave.wait(10)
 
     def _pipe(self) -> Descriptor:
         self.other_end, ours = os.pipe()
@@ -258,3 +268,39 @@ def test_a_job_larger_than_a_message_is_refused(host: Host) -> None:
         assert await jobs.run("local", Job("do", "y")) == "Y"
 
     act(scenario)
+
+
+def test_a_job_that_moves_is_not_late(host: Host) -> None:
+    """Each of its steps takes half of the time that one may take: together they take longer."""
+    host.steps["long"] = [threading.Event() for _ in range(3)]
+    limit = 1.0
+
+    async def go_on(job: Job) -> None:
+        for number, leave in enumerate(host.steps["long"]):
+            while job.progress is None or job.progress.done != number:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(limit / 2)
+            leave.set()
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        [job] = chain("long")
+        leading = asyncio.create_task(go_on(job))
+        assert await jobs.run("local", job) == "LONG"
+        await leading
+        assert job.progress == progress.Progress("step 2", 2, 3)
+
+    act(scenario, timeout=limit)
+
+
+def test_a_job_that_stands_still_is_late_and_leaves_off_when_it_goes_on(host: Host) -> None:
+    host.steps["slow"] = [threading.Event(), threading.Event()]
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        [job] = chain("slow")
+        with pytest.raises(TimedOut, match=r"stood still for 0\.1s, step 0"):
+            await jobs.run("local", job)
+        host.let_go()
+        with pytest.raises(Problem, match="nobody waits for it"):
+            await job.result
+
+    act(scenario, timeout=0.1)

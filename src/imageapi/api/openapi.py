@@ -14,7 +14,7 @@ from imageapi import __version__, spec
 from imageapi.api.dialects import ALIASES, KINDS
 from imageapi.api.paths import Route
 from imageapi.api.resource import Operation, Resource
-from imageapi.spec import Mount
+from imageapi.spec import Mount, Progress, Spec
 
 Schema = dict[str, Any]
 
@@ -42,6 +42,8 @@ PARAMETERS: dict[str, Schema] = {
     "force": {"type": "string", "enum": ["true", "false", "1", "0"], "default": "false"},
 }
 """The schema of each parameter, in a path or a query."""
+SHOWN: dict[str, type[Spec]] = {**spec.COLLECTIONS, "progress": Progress}
+"""What there is to read, by the word in its path."""
 
 
 class Place(NamedTuple):
@@ -75,7 +77,7 @@ def document(routes: Sequence[Route]) -> Schema:
 
 def _places(route: Route) -> Iterator[Place]:
     """The paths of a route: one for each kind, where it is of kinds."""
-    owner = next((one for name, one in spec.COLLECTIONS.items() if f"/{name}" in route.path), None)
+    owner = next((one for name, one in SHOWN.items() if f"/{name}" in route.path), None)
     if owner is None:
         return
     if "{kind}" not in route.path:
@@ -130,7 +132,7 @@ def _flat_name(owner: Any, kind: str) -> str:
 def _schemas() -> dict[str, Schema]:
     """The structs' own schemas, the kinds' flat ones, and for what may be referred to also its bare id."""
     _, schemas = msgspec.json.schema_components(
-        list(spec.COLLECTIONS.values()), schema_hook=_of_ours, ref_template=TEMPLATE
+        list(SHOWN.values()), schema_hook=_of_ours, ref_template=TEMPLATE
     )
     flat = {
         _flat_name(owner, kind): _flat(owner, kind, schemas[owner.__name__], schemas[struct.__name__])

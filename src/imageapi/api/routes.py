@@ -35,12 +35,16 @@ class Routes:
     def table(self) -> list[Route]:
         """All routes, the more particular ones first: digits are an id, anything else a kind."""
         routes = [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
+        routes.append(Route(f"{BASE}/progress", Resource(GET=Operation(self._progress))))
         described = cache(lambda: openapi.document(routes))
 
         async def handler(request: Request, query: Query) -> Json:
             return Json(described())
 
         return [*routes, Route(f"{BASE}/openapi.json", Resource(GET=Operation(handler)))]
+
+    async def _progress(self, request: Request, query: Query) -> Json:
+        return Json(self._engine.progress())
 
     def _of_kinds(self, collection: str) -> list[Route]:
         base = f"{BASE}/{collection}"

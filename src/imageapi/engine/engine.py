@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 
 from imageapi.config import Config, Site
 from imageapi.engine.apply import Applier
@@ -11,16 +12,19 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.graph import Graph, Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
-from imageapi.engine.pool import Pool
+from imageapi.engine.pool import Job, Pool
 from imageapi.engine.reconcile import Reconciler
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut, Unsupported
 from imageapi.records import AnyRecord, Key, Phase, snapshot
 from imageapi.runtime import command
-from imageapi.spec import Container, Object
+from imageapi.spec import Container, Object, Progress
 from imageapi.store import Store
 
 log = logging.getLogger(__name__)
+
+STEPS = {"acquire": "making", "release": "releasing"}
+"""What a job is called that has not said how far it is."""
 
 
 class Engine:
@@ -73,6 +77,14 @@ class Engine:
         if key is None:
             raise NotFound(f"there is no container named '{name}'")
         return self._graph.visible(key).key
+
+    def progress(self) -> list[Progress]:
+        """What is being made or released now, the oldest first."""
+        return [
+            _told(job, record, shown=self._graph.is_shown(record.key))
+            for job in self._jobs.doing()
+            if job.name in STEPS and (record := job.about)
+        ]
 
     # ----------------------------------------------------------------------------------------------- changing
 
@@ -177,3 +189,17 @@ class Engine:
         """The object and all below it, kept as they are now."""
         now = self._graph.picture(key)
         return now._replace(records={one: snapshot(other) for one, other in now.records.items()})
+
+
+def _told(job: Job, record: AnyRecord, *, shown: bool) -> Progress:
+    """A job as it is shown. The id of what is not made yet is not: it may become another's."""
+    said = job.progress
+    return Progress(
+        collection=record.key.collection,
+        id=record.id if shown else None,
+        kind=record.kind,
+        step=said.step if said else STEPS[job.name],
+        done=said.done if said else None,
+        total=said.total if said else None,
+        since=datetime.fromtimestamp(job.since, UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+    )

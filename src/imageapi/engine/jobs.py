@@ -1,4 +1,4 @@
-"""Jobs on objects, each with the operation's deadline.
+"""Jobs on objects, each with the operation's deadline, which is put off by every word that it moves.
 
 A job that does not come back in time is left to itself and remembered here, since what it does in the kernel may still
 happen: its object is undone only after it has returned.
@@ -7,6 +7,7 @@ happen: its object is undone only after it has returned.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ class Jobs:
         self._pool = pool
         self._graph = graph
         self._timeout = timeout
-        self._under_way: dict[Key, asyncio.Future[Any]] = {}
+        self._under_way: dict[Key, Job] = {}
 
     async def drive(self, verb: str, record: AnyRecord, *arguments: Any) -> Any:
         """Have the driver of an attachment or mount do `verb`.
@@ -60,14 +61,18 @@ class Jobs:
         """Have jobs of one store done in turn."""
         for job in jobs:
             if job.about is not None:
-                self._remember(job.about.key, job.result)
+                self._remember(job.about.key, job)
         return Series(self._pool, Chain(store, jobs), self._timeout)
 
     def under_way(self, key: Key) -> asyncio.Future[Any] | None:
         """The job that is still under way on an object whose caller has given up; None when there is none. One that
         has ended may be there for a moment: who waits for it may hear of it first."""
         job = self._under_way.get(key)
-        return None if job is None or job.done() else job
+        return None if job is None or job.result.done() else job.result
+
+    def doing(self) -> list[Job]:
+        """All jobs on objects that are under way or wait for their turn, the oldest first."""
+        return [job for job in self._under_way.values() if not job.result.done()]
 
     async def settle(self, key: Key) -> None:
         """Wait for the job that is still under way on an object, if one is.
@@ -80,13 +85,13 @@ class Jobs:
         if not done:
             raise TimedOut(f"the host has not come back from what was asked of {key} before; see to its store")
 
-    def _remember(self, key: Key, result: asyncio.Future[Any]) -> None:
-        def forget(ended: asyncio.Future[Any]) -> None:
-            if self._under_way.get(key) is ended:
+    def _remember(self, key: Key, job: Job) -> None:
+        def forget(_: object) -> None:
+            if self._under_way.get(key) is job:
                 del self._under_way[key]
 
-        self._under_way[key] = result
-        result.add_done_callback(forget)
+        self._under_way[key] = job
+        job.result.add_done_callback(forget)
 
 
 class Series:
@@ -121,8 +126,7 @@ class Series:
         job = next(self._asked)
         limit = self._timeout if timeout is None else timeout
         try:
-            if not job.result.done():
-                await asyncio.wait({job.result}, timeout=limit)
+            await _wait_while_it_moves(job, limit)
         except asyncio.CancelledError:
             job.abandon()
             raise
@@ -141,7 +145,18 @@ class Series:
     def _complaint(self, job: Job, limit: float) -> str:
         store, about = self._chain.store, job.about
         where = "the host" if store == LOCAL_STORE else store
-        what = f"{job.name} of {describe(about) if about else 'the host'} did not finish in {limit:g}s"
+        late = f"stood still for {limit:g}s, {job.progress.step}" if job.progress else f"did not finish in {limit:g}s"
+        what = f"{job.name} of {describe(about) if about else 'the host'} {late}"
         if self._chain.worker is None:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
         return f"{what}: {where} does not answer; see to it, or delete what needs it"
+
+
+async def _wait_while_it_moves(job: Job, limit: float) -> None:
+    """Wait for the result, as long as the job has said within `limit` seconds that it moves."""
+    begun = time.monotonic()
+    while not job.result.done():
+        left = max(begun, job.moved) + limit - time.monotonic()
+        if left <= 0:
+            return
+        await asyncio.wait({job.result}, timeout=left)

@@ -12,11 +12,13 @@ import os
 import pickle
 import socket
 import struct
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from imageapi import errors
+from imageapi.drivers.progress import Progress
 from imageapi.engine import zygote
 from imageapi.engine.worker import MESSAGE, Descriptor, Reply, message_buffer
 from imageapi.records import AnyRecord, Record
@@ -29,6 +31,8 @@ PER_STORE = 8
 """How many chains of jobs one store may have under way: what a dead one can cost in processes."""
 IDLE = 4
 """How many workers wait for the next jobs; more are started when needed, and end when done."""
+LOGGED_EVERY = 10.0
+"""Seconds between two lines of the log about one job."""
 PATIENCE = 2.0
 """For how many seconds they wait: an idle one costs 2 MB, and a new one 1 ms."""
 
@@ -40,11 +44,25 @@ class Job:
         self.name = name
         self.arguments = arguments
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.progress: Progress | None = None
+        """What it has last said of how far it is."""
+        self.moved = 0.0
+        """When that was, in seconds of the monotonic clock."""
+        self.since = time.time()
+        """When it was asked for, in seconds since the epoch."""
+        self._logged = 0.0
 
     @property
     def about(self) -> AnyRecord | None:
         """The record that the job is done for."""
         return self.arguments[0] if isinstance(self.arguments[0], Record) else None
+
+    def hear(self, progress: Progress) -> None:
+        """It says how far it is."""
+        self.progress, self.moved = progress, time.monotonic()
+        if self.moved - self._logged > LOGGED_EVERY and self.about is not None:
+            self._logged = self.moved
+            log.info("%s of %s: %s, %s of %s bytes", self.name, self.about.key, *progress)
 
     def abandon(self) -> None:
         """Nobody waits for the result any more: a descriptor is closed, a root keeps its devices busy."""
@@ -67,8 +85,14 @@ class Chain:
         self.worker: _Worker | None = None
         """None until one has begun: before that it can have had no effect."""
 
-    def settle(self, reply: Reply, descriptors: list[int]) -> None:
-        """Take the reply to the job under way."""
+    def hear(self, message: Reply | Progress, descriptors: list[int]) -> None:
+        """Take what the worker says of the job under way."""
+        if isinstance(message, Progress):
+            self.jobs[0].hear(message)
+        else:
+            self._settle(message, descriptors)
+
+    def _settle(self, reply: Reply, descriptors: list[int]) -> None:
         if not reply.begun:
             self.cancel_from(0)
             return
@@ -139,7 +163,7 @@ class _Worker:
             self._chain.cancel_from(1)
 
     def _hear(self) -> bool:
-        """Take one reply; whether there was one."""
+        """Take one message; whether there was one."""
         try:
             data, descriptors = _receive(self._channel)
         except BlockingIOError:
@@ -147,7 +171,7 @@ class _Worker:
         except OSError:
             data, descriptors = memoryview(b""), []
         if data and self._chain is not None:
-            self._chain.settle(pickle.loads(data), descriptors)
+            self._chain.hear(pickle.loads(data), descriptors)
         else:
             self.dismiss()
         self._look()

@@ -3,7 +3,7 @@
 A job is a name and its arguments; its reply is a result, a problem to be told, or the trace of a bug, and perhaps one
 descriptor. Both are pickled: the two ends are one program, over a socket that nobody else can reach. Jobs that come
 together are done in turn, each with its reply; what an earlier one learnt of a record, a later one sees, since in one
-message a record is one object.
+message a record is one object. Before its reply a job may say how far it is, as often as it likes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 
 from imageapi import errors
 from imageapi.config import Site
+from imageapi.drivers import progress
 from imageapi.drivers.base import driver
+from imageapi.drivers.progress import Progress
 from imageapi.engine import sweep
 from imageapi.linux import libc, mount, syncfs
 from imageapi.records import AnyRecord, Facts
@@ -28,6 +31,8 @@ from imageapi.runtime import command, logs
 
 MESSAGE = 4 << 20
 """The largest job or reply in bytes: a request's body has at most 1 MB by default, and a record holds no more."""
+TOLD_EVERY = 0.25
+"""Seconds between two words of how far one step of a job is."""
 
 
 class Reply(NamedTuple):
@@ -58,7 +63,8 @@ def serve(channel: socket.socket, site: Site) -> None:
             if _given_up(channel):
                 _decline(channel)
                 return
-            reply = _perform(name, arguments, site)
+            with progress.heard_by(_Voice(channel)):
+                reply = _perform(name, arguments, site)
             _send(channel, reply)
             if reply.problem or reply.bug:
                 break
@@ -76,6 +82,26 @@ def _decline(channel: socket.socket) -> None:
     """Say that the job that is due is not begun, if somebody still hears it."""
     with contextlib.suppress(OSError):
         channel.send(pickle.dumps(Reply(begun=False)))
+
+
+class _Voice:
+    """Says over `channel` how far a job is, and ends a job for which nobody is left to hear it."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._told = ("", 0.0)
+
+    def __call__(self, news: Progress) -> None:
+        """Raises: errors.Problem, when the other end has hung up."""
+        now = time.monotonic()
+        step, at = self._told
+        if news.step == step and now - at < TOLD_EVERY:
+            return
+        self._told = (news.step, now)
+        if _given_up(self._channel):
+            raise errors.Problem("it was left off, since nobody waits for it any more")
+        with contextlib.suppress(OSError):  # there will be more to hear
+            self._channel.send(pickle.dumps(news), socket.MSG_DONTWAIT)
 
 
 def _send(channel: socket.socket, reply: Reply) -> None:
