@@ -36,6 +36,7 @@ ARROWS: dict[str, frozenset[str]] = {
 
 OUTSIDE: dict[str, frozenset[str]] = {
     "linux": frozenset(),
+    "drivers": frozenset({"msgspec", "urllib3", "backports", "compression"}),
     "api": frozenset({"msgspec", "httptools"}),
     "client": frozenset({"msgspec", "httpx"}),
     "cli": frozenset({"msgspec", "httpx"}),

@@ -11,6 +11,7 @@ in answers.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,48 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash(self._value)
+
+
+_SECRET_PARTS = re.compile(r"(?P<scheme>[a-z]+://)(?P<user>[^/?#]*@)?(?P<place>[^?#]*)(?P<query>[?#].*)?", re.DOTALL)
+
+
+class Addresses:
+    """The URIs of one thing, in the order in which they are tried: one string, or a list of them. What may be secret in
+    them is never shown: who asks (user and password), and the query, which is where a signature stands."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str | list[str]) -> None:
+        self._value = value
+
+    def reveal(self) -> str | list[str]:
+        """As they were given. Only a driver, and the store of records, have use for it."""
+        return self._value
+
+    def each(self) -> list[str]:
+        """The URIs themselves, as `reveal` has them."""
+        return [self._value] if isinstance(self._value, str) else self._value
+
+    def shown(self) -> str | list[str]:
+        """As an answer shows them."""
+        return without_secrets(self._value) if isinstance(self._value, str) else [*map(without_secrets, self._value)]
+
+    def __repr__(self) -> str:
+        return repr(self.shown())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Addresses) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.each()))
+
+
+def without_secrets(uri: str) -> str:
+    """A URI with the mask where it may hold a secret. One that is none is all mask."""
+    if (parts := _SECRET_PARTS.fullmatch(uri)) is None:
+        return MASK
+    user, query = (MASK if parts[name] else "" for name in ("user", "query"))
+    return f"{parts['scheme']}{user and user + '@'}{parts['place']}{query and '?' + query}"
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -205,9 +248,9 @@ class Nfs(Spec, frozen=True):
 
 
 class Uri(Spec, frozen=True):
-    """An archive or image fetched into memory."""
+    """An archive or image fetched into memory, from the first of the URIs that serves it."""
 
-    uri: Text
+    uri: Addresses
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     max_size: Annotated[int, Meta(ge=1)] | None = None
     format: Literal["tar", "squashfs", "erofs", "ext4"] | None = None
@@ -388,6 +431,10 @@ def decode_hook(kind: type[Any], value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
         return Secret(value)
+    if kind is Addresses:
+        if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))):
+            raise ValueError(f"Expected `str | array of strings`, got `{type(value).__name__}`")
+        return Addresses(value)
     raise NotImplementedError(kind)
 
 
@@ -395,11 +442,13 @@ def masking_hook(value: Any) -> Any:
     """How an answer shows the types of ours: a secret is its mask."""
     if isinstance(value, Secret):
         return MASK
+    if isinstance(value, Addresses):
+        return value.shown()
     raise NotImplementedError(type(value))
 
 
 def revealing_hook(value: Any) -> Any:
     """How the store writes the types of ours. Its files are root's alone."""
-    if isinstance(value, Secret):
+    if isinstance(value, Secret | Addresses):
         return value.reveal()
     raise NotImplementedError(type(value))

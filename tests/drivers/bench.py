@@ -13,8 +13,9 @@ from imageapi.config import Site
 from imageapi.drivers.base import Driver, driver
 from imageapi.linux import loop, mountinfo
 from imageapi.records import AnyRecord, Facts, Record
-from imageapi.spec import Attach, Attachment, Bind, Local, Loopback, Mount, Overlay
+from imageapi.spec import Addresses, Attach, Attachment, Bind, Local, Loopback, Mount, Overlay, Uri
 from lab import images
+from lab.archives import Member, archive
 from tools.images import Format
 
 
@@ -100,6 +101,9 @@ class Bench:
     def bind_inside(self, mount: AnyRecord, path: str, **options: Any) -> Made:
         return self.plan(Mount(kind="bind", bind=Bind(path, "mount", Mount(id=mount.id), **options)), mount)
 
+    def uri(self, uri: str | list[str], **options: Any) -> Made:
+        return self.plan(Mount(kind="uri", uri=Uri(Addresses(uri), **options)))
+
     # ---------------------------------------------------------------------------- what stands, in one word
 
     def mounted(self, format: Format = "squashfs") -> AnyRecord:
@@ -140,6 +144,13 @@ def _bind_recursively(bench: Bench) -> Made:
     return bench.bind(directory, recursive=True)
 
 
+def _uri_tar(bench: Bench) -> Made:
+    file = f"{bench.site.run_dir}/small.tar.gz"
+    with open(file, "wb") as written:
+        written.write(archive(Member("etc/hello", b"hello\n"), Member("hello", link="etc/hello"), compression="gz"))
+    return bench.uri(f"file://{file}")
+
+
 KINDS: dict[str, Callable[[Bench], Made]] = {
     "loopback": lambda bench: bench.loopback(),
     "loopback, writable": lambda bench: bench.loopback("ext4", ro=False),
@@ -154,6 +165,8 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
     "bind": lambda bench: bench.bind("/etc", ro=True),
     "bind in a mount": lambda bench: bench.bind_inside(bench.layered(), "/data"),
     "bind, recursive": _bind_recursively,
+    "uri tar": _uri_tar,
+    "uri squashfs": lambda bench: bench.uri(f"file://{images.small_image()}", format="squashfs"),
 }
 """Every local kind, in every form whose acquire goes another way."""
 

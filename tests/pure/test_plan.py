@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imageapi.drivers.base import driver
 from imageapi.engine.graph import Graph
 from imageapi.engine.plan import Later, Plan, plan
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, Unsupported
 from imageapi.records import Key, Phase
-from imageapi.spec import Attachment, Mount, Object, Uri
+from imageapi.spec import Addresses, Attachment, Mount, Object, Uri
 from pure.nests import answers, container, loopback, on, overlay, rbd, things
 
 pytestmark = pytest.mark.pure
@@ -195,9 +196,9 @@ def test_a_name_is_taken_once(graph: Graph) -> None:
 
 
 def test_a_kind_without_a_driver_is_refused_before_anything(graph: Graph) -> None:
-    uri = Mount(kind="uri", uri=Uri(uri="https://localhost/image.tar"))
-    with pytest.raises(Unsupported, match="kind 'uri' has no driver"):
-        plan(uri, graph, lambda: 1)
+    uri = Mount(kind="uri", uri=Uri(uri=Addresses("https://localhost/image.tar")))
+    with pytest.raises(Unsupported, match="kind 'urn' has no driver"):
+        plan(uri, graph, lambda: 1, lambda collection, kind: driver(collection, "urn"))
 
 
 # ------------------------------------------------------------------------------------------------ any request

@@ -14,6 +14,7 @@ from imageapi import __version__, spec
 from imageapi.api.dialects import ALIASES, KINDS
 from imageapi.api.paths import Route
 from imageapi.api.resource import Operation, Resource
+from imageapi.api.rules import MOST_ADDRESSES
 from imageapi.spec import Mount, Progress, Spec
 
 Schema = dict[str, Any]
@@ -131,9 +132,7 @@ def _flat_name(owner: Any, kind: str) -> str:
 
 def _schemas() -> dict[str, Schema]:
     """The structs' own schemas, the kinds' flat ones, and for what may be referred to also its bare id."""
-    _, schemas = msgspec.json.schema_components(
-        list(SHOWN.values()), schema_hook=_of_ours, ref_template=TEMPLATE
-    )
+    _, schemas = msgspec.json.schema_components(list(SHOWN.values()), schema_hook=_of_ours, ref_template=TEMPLATE)
     flat = {
         _flat_name(owner, kind): _flat(owner, kind, schemas[owner.__name__], schemas[struct.__name__])
         for owner, kinds in KINDS.items()
@@ -163,7 +162,10 @@ def _flat(owner: Any, kind: str, whole: Schema, part: Schema) -> Schema:
 
 
 def _of_ours(kind: type) -> Schema:
-    """The schema of the types that msgspec does not know: secrets."""
+    """The schema of the types that msgspec does not know."""
+    if kind is spec.Addresses:
+        one = {"type": "string", "format": "uri", "description": f"shown with {spec.MASK} for its user and its query"}
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": MOST_ADDRESSES}]}
     if kind is not spec.Secret:
         raise NotImplementedError(kind)
     return {"type": "string", "format": "password", "description": f"shown as {spec.MASK}"}

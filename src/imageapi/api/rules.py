@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable
 from typing import Any
 
 from imageapi.errors import Invalid, Unsupported
-from imageapi.spec import MASK, Bind, Container, Loopback, Object, RbdOptions, Secret, Spec
+from imageapi.spec import MASK, Bind, Container, Loopback, Object, RbdOptions, Secret, Spec, Uri
 
 NAMESPACES = ["ipc", "mnt", "pid", "uts"]
 """What every container gets."""
@@ -83,11 +84,45 @@ def _is_base64(text: str) -> bool:
         return False
 
 
+MOST_ADDRESSES = 16
+"""How many URIs one mount may name."""
+LONGEST_ADDRESS = 8192
+"""Of its characters. Signed ones are long, and web servers take no longer ones."""
+_ADDRESS = re.compile(r"(?:https?://(?P<host>[^/?#\s\\]+)|file://(?:localhost)?(?=/))(?P<rest>[^\s\\#\x00-\x1f\x7f]*)")
+_HOST = re.compile(r"(?:[^@]*@)?(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+
+
+def _uri(part: Uri, path: str) -> None:
+    addresses = part.uri.each()
+    if not 1 <= len(addresses) <= MOST_ADDRESSES:
+        raise Invalid(f"give 1 to {MOST_ADDRESSES} URIs", path=f"{path}.uri")
+    for at, address in enumerate(addresses):
+        _address(address, f"{path}.uri" if isinstance(part.uri.reveal(), str) else f"{path}.uri[{at}]")
+
+
+def _address(address: str, path: str) -> None:
+    """Nothing of the address is repeated: who has mistyped it may have mistyped its password."""
+    if len(address) > LONGEST_ADDRESS:
+        raise Invalid(f"this is longer than {LONGEST_ADDRESS}", path=path)
+    if MASK in address:
+        raise Invalid("this has the mask that answers show; give the whole URI, or refer to the mount by id", path=path)
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not _HOST.fullmatch(found["host"] or "localhost"):
+        raise Invalid(
+            "give https://host/path, http://host/path or file:///path; in it, write what is no letter, digit or part "
+            "of the form with % and two digits (a # is %23, a / in a password %2F)",
+            path=path,
+        )
+    if found["host"] is None and "?" in address:
+        raise Invalid("a file has no query; write a ? in its name as %3F", path=path)
+
+
 RULES: dict[type, Callable[[Any, str], None]] = {
     Container: _container,
     Loopback: _based,
     Bind: _based,
     RbdOptions: _rbd_options,
     Secret: _secret,
+    Uri: _uri,
     str: _text,
 }

@@ -54,7 +54,8 @@ class Driver(Protocol):
         ...
 
     def store(self, definition: Any) -> str:
-        """The store whose failure would make this object's verbs hang: a limit on workers applies to each."""
+        """The store whose failure would make this object's verbs hang: a limit on workers applies to each. A kind
+        whose objects are copies, which need it only to be made, has a `copies` that is true."""
         ...
 
 

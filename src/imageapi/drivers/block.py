@@ -17,6 +17,15 @@ def marked(prefix: str) -> dict[str, str]:
     return loop.marked(prefix, skip=exports)
 
 
+def find_loop(mark: str, known: str | None) -> str | None:
+    """The loop device that carries our `mark`: the one `known` from the record, else, when a crash came before that was
+    written, any."""
+    if known is not None:
+        state = loop.status(known)
+        return known if state is not None and state.name == mark else None
+    return marked(mark).get(mark)
+
+
 def detach_loop(device: str, name: str | None = None) -> None:
     """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent.
 

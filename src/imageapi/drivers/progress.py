@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from imageapi.errors import Problem
+
+
+class LeftOff(Problem):
+    """Nobody waits for the end any more, so that it is not come to."""
+
 
 class Progress(NamedTuple):
     """`step` is what is being done, in words that hold no secret; `done` and `total` are bytes, None where that is
@@ -26,7 +32,7 @@ _listener: ContextVar[Listener | None] = ContextVar("progress", default=None)
 def tell(step: str, done: int | None = None, total: int | None = None) -> None:
     """Say how far it is: as often as one likes, but only when it has moved.
 
-    Raises: errors.Problem, when nobody waits for the end any more.
+    Raises: LeftOff.
     """
     if (listener := _listener.get()) is not None:
         listener(Progress(step, done, total))

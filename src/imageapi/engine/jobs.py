@@ -15,8 +15,11 @@ from imageapi.drivers.base import LOCAL_STORE, driver
 from imageapi.engine.graph import Graph, describe
 from imageapi.engine.pool import Chain, Job, Pool
 from imageapi.errors import Problem, TimedOut
-from imageapi.records import AnyRecord, Key
+from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container
+
+UNMADE = (Phase.PLANNED, Phase.ACQUIRING)
+"""The phases of what is not there yet, or only in part."""
 
 
 class GivenUp(Problem):
@@ -44,8 +47,9 @@ class Jobs:
         for one in (record, *self._graph.below(record.key)):
             if isinstance(one.spec, Container):
                 continue
-            store = driver(one.key.collection, one.kind).store(one.definition)
-            if store != LOCAL_STORE:
+            kind = driver(one.key.collection, one.kind)
+            store = kind.store(one.definition)
+            if store != LOCAL_STORE and (one.phase in UNMADE or not getattr(kind, "copies", False)):
                 return store
         return LOCAL_STORE
 

@@ -23,7 +23,7 @@ from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import progress
 from imageapi.drivers.base import driver
-from imageapi.drivers.progress import Progress
+from imageapi.drivers.progress import LeftOff, Progress
 from imageapi.engine import sweep
 from imageapi.linux import libc, mount, syncfs
 from imageapi.records import AnyRecord, Facts
@@ -92,14 +92,14 @@ class _Voice:
         self._told = ("", 0.0)
 
     def __call__(self, news: Progress) -> None:
-        """Raises: errors.Problem, when the other end has hung up."""
+        """Raises: LeftOff, when the other end has hung up."""
         now = time.monotonic()
         step, at = self._told
         if news.step == step and now - at < TOLD_EVERY:
             return
         self._told = (news.step, now)
         if _given_up(self._channel):
-            raise errors.Problem("it was left off, since nobody waits for it any more")
+            raise LeftOff("it was left off, since nobody waits for it any more")
         with contextlib.suppress(OSError):  # there will be more to hear
             self._channel.send(pickle.dumps(news), socket.MSG_DONTWAIT)
 

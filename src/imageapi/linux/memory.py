@@ -1,4 +1,4 @@
-"""Memory that a process has and does not need: given back (madvise(2), proc_pid_smaps(5))."""
+"""Memory: what a process has and does not need is given back (madvise(2), proc_pid_smaps(5)); what the host has."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def _code() -> Iterator[tuple[int, int]]:
                 mapping = None
             elif line.startswith("Anonymous:") and mapping and line.split()[1] == "0":
                 yield int(mapping[1], 16), int(mapping[2], 16)
+
+
+def available() -> int:
+    """Bytes that can be had without swapping, as the kernel estimates them (proc_meminfo(5), MemAvailable).
+
+    Raises: OSError.
+    """
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) << 10

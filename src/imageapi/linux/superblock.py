@@ -95,6 +95,10 @@ _OTHERS: tuple[tuple[int, bytes, str], ...] = (
     (512, b"EFI PART", "a partition table: mount one of its partitions"),
     (4086, b"SWAPSPACE2", "swap space"),
     (510, b"\x55\xaa", "a partition table: mount one of its partitions"),
+    (0, b"<!DOCTYPE", "a web page, not what it links to"),
+    (0, b"<!doctype", "a web page, not what it links to"),
+    (0, b"<html", "a web page, not what it links to"),
+    (0, b"<?xml", "an XML text, perhaps a server's error"),
 )
 """Offset, magic, and what a user ought to know about an image that has it."""
 
@@ -145,7 +149,16 @@ def check(fd: int, wanted: str) -> str | None:
     found = identify(fd)
     if found is not None:
         return f"it holds a file system of type {found[0]}, not {wanted}"
-    return None if probe is None else f"it holds no {wanted} file system: {_other(fd)}"
+    known = _other(fd) or "its superblock is missing or damaged"
+    return None if probe is None else f"it holds no {wanted} file system: {known}"
+
+
+def describe(fd: int) -> str:
+    """What a file or device holds, in words, that is no file system that was wanted. Raises: OSError."""
+    found = identify(fd)
+    if found is not None:
+        return f"it holds a file system of type {found[0]}"
+    return _other(fd) or "it begins with nothing that is known"
 
 
 def _truncated(fd: int, name: str, size: int) -> str | None:
@@ -156,8 +169,9 @@ def _truncated(fd: int, name: str, size: int) -> str | None:
 
 
 def _other(fd: int) -> str:
+    """What it is, when that is known and no file system; else ""."""
     head = os.pread(fd, 4096, 0)
     for offset, magic, words in _OTHERS:
         if head[offset : offset + len(magic)] == magic:
             return f"it is {words}"
-    return "it begins with nothing but zeros" if not head.strip(b"\0") else "its superblock is missing or damaged"
+    return "" if head.strip(b"\0") else "it begins with nothing but zeros"

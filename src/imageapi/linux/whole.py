@@ -25,7 +25,7 @@ def write(path: str, data: bytes, directory: int | None = None) -> None:
     try:
         size = os.fstat(descriptor).st_size
         if max(size, len(data)) <= PAGE:
-            _write_all(descriptor, data.ljust(size))
+            write_all(descriptor, data.ljust(size))
             return
     finally:
         os.close(descriptor)
@@ -35,7 +35,7 @@ def write(path: str, data: bytes, directory: int | None = None) -> None:
 def _replace(path: str, data: bytes, directory: int | None) -> None:
     descriptor = os.open(path + BESIDE, _WRITE | os.O_TRUNC, 0o600, dir_fd=directory)
     try:
-        _write_all(descriptor, data)
+        write_all(descriptor, data)
     except OSError:
         os.unlink(path + BESIDE, dir_fd=directory)
         raise
@@ -44,7 +44,7 @@ def _replace(path: str, data: bytes, directory: int | None) -> None:
     os.rename(path + BESIDE, path, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """All of `data`; a file system that fills up takes a part of it first, and then says why."""
     while data:
         data = data[os.write(descriptor, data) :]

@@ -33,7 +33,7 @@ class Driver(LocalDriver):
             _check_file(definition.path, found)
             file, read_only = _open(path, read_only=definition.ro)
             opened.callback(os.close, file)
-            device, state = _attach(file, mark, definition, read_only=read_only)
+            device, state = attach(file, mark, definition, read_only=read_only)
             undo.callback(loop.detach, device, mark)
             facts = _facts(device, state)
             facts.detail["cut"] = found.st_size % superblock.SECTOR
@@ -52,12 +52,7 @@ class Driver(LocalDriver):
 
 
 def _find(record: AnyRecord, site: Site) -> str | None:
-    """The device that carries our mark: the one in the record, else, when a crash came before it was written, any."""
-    mark, known = site.mark(record.key), record.facts.device_file
-    if known is not None:
-        state = loop.status(known)
-        return known if state is not None and state.name == mark else None
-    return block.marked(mark).get(mark)
+    return block.find_loop(site.mark(record.key), record.facts.device_file)
 
 
 def _facts(device: str, state: loop.Status) -> Facts:
@@ -93,7 +88,8 @@ def _open(path: int, *, read_only: bool) -> tuple[int, bool]:
     return reopen(path, os.O_RDONLY), True
 
 
-def _attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> tuple[str, loop.Status]:
+def attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> tuple[str, loop.Status]:
+    """The open `file` on a free loop device that carries our mark. Raises: errors.Unsupported; OSError."""
     partitions = definition.readPartitions
     block_size = superblock.SECTOR if partitions else superblock.block_size(file)
     try:

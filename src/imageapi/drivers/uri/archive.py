@@ -1,0 +1,120 @@
+"""A tar archive, read from front to back: its members, each with its data behind it (POSIX.1-2017 pax, "ustar
+Interchange Format"; GNU tar, "Basic Tar Format"). The headers are read by Python's tarfile, the data by nobody but
+the caller, so that nothing is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from imageapi.errors import Invalid
+from imageapi.linux import superblock
+
+HEADERS = 1 << 20
+"""Bytes that the headers of one member may have: long names, extended attributes, the map of a sparse file."""
+_BEGINNING = 68 << 10
+"""Bytes by which it is told what something is that is no archive."""
+
+
+class Stream:
+    """The bytes of an archive, forwards only. tarfile takes it for a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._piece = memoryview(b"")
+        self._position = 0
+        self._headers = 0
+        self._beginning = bytearray()
+        self.ended = False
+        """Whether the last that was read is what ends an archive."""
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        """Forwards. Raises: errors.Invalid, when it ends before."""
+        for _ in self.data(position - self._position):
+            pass
+
+    def read(self, size: int) -> bytes:
+        """So many bytes of a header, or what is left.
+
+        Raises: errors.Invalid, when one member has too many.
+        """
+        self._headers += size
+        if self._headers > HEADERS:
+            raise Invalid(f"the headers of one member have more than {HEADERS} bytes: it is no archive of an image")
+        found = b"".join(self._take(size))
+        self.ended = len(found) == tarfile.BLOCKSIZE and not found.strip(b"\0")
+        return found
+
+    def data(self, size: int) -> Iterator[memoryview]:
+        """The next `size` bytes. Raises: errors.Invalid, when there are fewer."""
+        if size < 0:
+            raise Invalid("the archive is damaged: the size of a member cannot be")
+        end = self._position + size
+        yield from self._take(size)
+        if self._position < end:
+            raise Invalid("the archive ends in the middle of a member: the file is not whole")
+
+    def drain(self) -> None:
+        """Take what is behind the archive, which may be anything: so the whole is seen."""
+        for piece in self._pieces:
+            self._position += len(piece)
+
+    def next_member(self) -> None:
+        """The headers that come are another member's."""
+        self._headers = 0
+
+    def looks_like(self) -> str:
+        """What it is, going by its beginning. Nothing can be read of it after that."""
+        while len(self._beginning) < _BEGINNING and self._fill():
+            pass
+        file = os.memfd_create("beginning")
+        try:
+            os.write(file, self._beginning)
+            return superblock.describe(file)
+        finally:
+            os.close(file)
+
+    def _take(self, size: int) -> Iterator[memoryview]:
+        while size and (self._piece or self._fill()):
+            found, self._piece = self._piece[:size], self._piece[size:]
+            self._position += len(found)
+            size -= len(found)
+            yield found
+
+    def _fill(self) -> bool:
+        """Whether there is more."""
+        for piece in self._pieces:
+            if piece:
+                self._piece = memoryview(piece)
+                if len(self._beginning) < _BEGINNING:
+                    self._beginning += piece[: _BEGINNING - len(self._beginning)]
+                return True
+        return False
+
+
+def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
+    """The members in their order, each before its data.
+
+    Raises: errors.Invalid, when it is no archive, or ends too early.
+    """
+    try:
+        archive = tarfile.TarFile(fileobj=cast(IO[bytes], stream), mode="r")
+        while (member := archive.next()) is not None:
+            stream.next_member()
+            cast(Any, archive).members.clear()  # it would keep them all
+            yield member
+    except tarfile.TarError as error:
+        if stream.tell() <= tarfile.BLOCKSIZE:
+            raise Invalid(
+                f"it is no tar archive (plain, gzip, zstd or xz; an image needs its format): {stream.looks_like()}"
+            ) from None
+        raise Invalid(f"the archive is damaged after {stream.tell()} bytes: {error}") from None
+    if not stream.ended:
+        raise Invalid("the archive ends without the zeros that end one: the file is not whole")
+    stream.drain()
