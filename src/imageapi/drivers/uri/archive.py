@@ -101,20 +101,22 @@ class Stream:
 def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
     """The members in their order, each before its data.
 
-    Raises: errors.Invalid, when it is no archive, or ends too early.
+    Raises: errors.Invalid, when it is no archive, has no members, or ends too early.
     """
+    found = False
     try:
         archive = tarfile.TarFile(fileobj=cast(IO[bytes], stream), mode="r")
         while (member := archive.next()) is not None:
+            found = True
             stream.next_member()
             cast(Any, archive).members.clear()  # it would keep them all
             yield member
     except tarfile.TarError as error:
-        if stream.tell() <= tarfile.BLOCKSIZE:
-            raise Invalid(
-                f"it is no tar archive (plain, gzip, zstd or xz; an image needs its format): {stream.looks_like()}"
-            ) from None
-        raise Invalid(f"the archive is damaged after {stream.tell()} bytes: {error}") from None
+        if found:
+            raise Invalid(f"it is damaged after {stream.tell()} bytes: {error}") from None
+    if not found:  # an image may begin with zeros, which is how an archive ends
+        looks = stream.looks_like()
+        raise Invalid(f"it is no tar archive (plain, gzip, zstd or xz; an image needs its format): {looks}")
     if not stream.ended:
-        raise Invalid("the archive ends without the zeros that end one: the file is not whole")
+        raise Invalid(f"after {stream.tell()} bytes there is neither a member nor the end: it is damaged, or not whole")
     stream.drain()

@@ -22,14 +22,18 @@ from imageapi import __version__
 from imageapi.drivers.uri.source import PIECE, Interrupted
 from imageapi.errors import Invalid, Problem, TimedOut
 
-CONNECT = 4.0
+CONNECT = 3.0
 """Seconds to reach a server."""
-SILENCE = 5.0
-"""Seconds that it may say nothing: with all tries less than the 25 s that an operation may stand still."""
-TRIES = 3
-"""In a row that bring nothing, until an address is left."""
+SILENCE = 8.0
+"""Seconds that it may say nothing."""
+TRIES = 2
+"""Of an address that has not brought anything yet."""
+PERSISTENCE = 11.0
+"""Seconds for which one that has is tried again: a server that is started again is soon there. The last try may begin
+at their end, and all is over before the 25 s for which an operation may stand still."""
 PAUSE = 0.25
-"""Seconds before the second try; twice as long before each further one."""
+"""Seconds before the second try; twice as long before each further one, up to the longest."""
+LONGEST_PAUSE = 2.0
 REDIRECTS = 5
 _REDIRECT = (301, 302, 303, 307, 308)
 _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
@@ -56,23 +60,23 @@ class Web:
         self.where = where(address)
 
     def pieces(self, position: int) -> Iterator[bytes]:
-        left = TRIES
+        tries, moved = 0, 0.0
         while True:
             try:
                 for piece in self._once(position):
-                    left = TRIES
+                    tries, moved = 0, time.monotonic()
                     position += len(piece)
                     yield piece
                 return
             except _Broken as broken:
-                left -= 1
-                self._give_up(broken, position, left)
-            time.sleep(PAUSE * 2 ** (TRIES - 1 - left))
+                tries += 1
+                if (time.monotonic() - moved > PERSISTENCE) if moved else tries == TRIES:
+                    raise broken.problem from None
+                self._check_can_go_on(broken, position)
+            time.sleep(min(PAUSE * 2 ** (tries - 1), LONGEST_PAUSE))
 
-    def _give_up(self, broken: _Broken, position: int, left: int) -> None:
-        """Raises: errors.Problem, when another try is of no use."""
-        if not left:
-            raise broken.problem
+    def _check_can_go_on(self, broken: _Broken, position: int) -> None:
+        """Raises: Interrupted, when the rest may be of another content."""
         if position and not (self._known or self._validator):
             raise Interrupted(
                 f"{broken.problem.message}; it was broken off after {position} bytes, and the server says nothing by "
