@@ -219,10 +219,27 @@ class Attach(Spec, frozen=True):
     kind: str | None = None
 
 
+class OverlayOptions(Spec, frozen=True):
+    """Options of the overlay file system (the kernel's filesystems/overlayfs.rst). Where one is left out, the kernel's
+    own default holds; but `volatile` is on where the writes are thrown away in any case."""
+
+    volatile: bool | None = None
+    metacopy: bool | None = None
+    redirect_dir: Literal["on", "off", "follow", "nofollow"] | None = None
+    index: bool | None = None
+    xino: Literal["on", "off", "auto"] | None = None
+    userxattr: bool = False
+
+
 class Overlay(Spec, frozen=True):
-    """A writable view over other mounts; the first lower is the topmost."""
+    """A writable view over other mounts; the first lower is the topmost. Writes go to `upper`, into the directories
+    `upper` and `work` at `upper_path` in it, and stay there; without one they go when the overlay goes."""
 
     lower: Annotated[list[Mount], Meta(min_length=1)]
+    upper: Mount | None = None
+    upper_path: Path | None = None
+    ro: bool = False
+    options: OverlayOptions | None = None
     upperdir: Annotated[str | None, SERVER] = None
     workdir: Annotated[str | None, SERVER] = None
 
@@ -235,6 +252,13 @@ class Bind(Spec, frozen=True):
     mount: Mount | None = None
     recursive: bool = False
     ro: bool = False
+
+
+class Tmpfs(Spec, frozen=True):
+    """Memory as a file system (tmpfs(5)): what is in it goes with it. `size` is in bytes, with K, M, G or T for 1024
+    times as many, or a percentage of the host's memory."""
+
+    size: Annotated[str, Meta(pattern=r"^(?:[1-9][0-9]{0,14}[KMGTkmgt]?|(?:[1-9][0-9]?|100)%)\Z")]
 
 
 class Nfs(Spec, frozen=True):
@@ -269,6 +293,7 @@ class Mount(Spec, frozen=True):
     attach: Attach | None = None
     overlay: Overlay | None = None
     bind: Bind | None = None
+    tmpfs: Tmpfs | None = None
     nfs: Nfs | None = None
     uri: Uri | None = None
 

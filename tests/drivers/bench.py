@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from imageapi import records
@@ -13,7 +15,19 @@ from imageapi.config import Site
 from imageapi.drivers.base import Driver, driver
 from imageapi.linux import loop, mountinfo
 from imageapi.records import AnyRecord, Facts, Record
-from imageapi.spec import Addresses, Attach, Attachment, Bind, Local, Loopback, Mount, Overlay, Uri
+from imageapi.spec import (
+    Addresses,
+    Attach,
+    Attachment,
+    Bind,
+    Local,
+    Loopback,
+    Mount,
+    Overlay,
+    OverlayOptions,
+    Tmpfs,
+    Uri,
+)
 from lab import images
 from lab.archives import Member, archive
 from tools.images import Format
@@ -91,9 +105,18 @@ class Bench:
         definition = Attach(Attachment(id=on.id), fs_type, options or [])
         return self.plan(Mount(kind="attach", attach=definition), on)
 
-    def overlay(self, *lower: AnyRecord) -> Made:
-        references = [Mount(id=each.id) for each in lower]
-        return self.plan(Mount(kind="overlay", overlay=Overlay(references)), *lower)
+    def overlay(self, *lower: AnyRecord, upper: AnyRecord | None = None, **options: Any) -> Made:
+        """`options` are fields of the overlay's definition, or of its options."""
+        inputs = [*lower, *([upper] if upper else [])]
+        *lowers, last = (Mount(id=each.id) for each in inputs)
+        asked = {name: options.pop(name) for name in OverlayOptions.__struct_fields__ if name in options}
+        definition = Overlay(
+            lowers if upper else [*lowers, last], last if upper else None, options=OverlayOptions(**asked), **options
+        )
+        return self.plan(Mount(kind="overlay", overlay=definition), *inputs)
+
+    def tmpfs(self, size: str = "16M") -> Made:
+        return self.plan(Mount(kind="tmpfs", tmpfs=Tmpfs(size)))
 
     def bind(self, path: str, **options: Any) -> Made:
         return self.plan(Mount(kind="bind", bind=Bind(path, "root", **options)))
@@ -109,6 +132,12 @@ class Bench:
     def mounted(self, format: Format = "squashfs") -> AnyRecord:
         """The small image, mounted read-only."""
         return self.acquire(self.attach(self.acquire(self.loopback(format)), format))
+
+    def disk(self) -> AnyRecord:
+        """An ext4 of this test's own, mounted to be written."""
+        image = f"{self.site.run_dir}/disk-{next(self._numbers)}"
+        shutil.copyfile(images.small_image("ext4"), image)
+        return self.acquire(self.attach(self.acquire(self.loopback(path=image, ro=False)), "ext4"))
 
     def layered(self, *below: AnyRecord) -> AnyRecord:
         """An overlay over these, or over the small image."""
@@ -162,6 +191,11 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
     "overlay": lambda bench: bench.overlay(bench.mounted()),
     "overlay of two": lambda bench: bench.overlay(bench.mounted(), bench.mounted("erofs")),
     "overlay over an overlay": lambda bench: bench.overlay(bench.layered()),
+    "overlay, read-only": lambda bench: bench.overlay(bench.mounted(), bench.mounted("erofs"), ro=True),
+    "overlay of one, read-only": lambda bench: bench.overlay(bench.mounted(), ro=True),
+    "overlay on a disk": lambda bench: bench.overlay(bench.mounted(), upper=bench.disk(), upper_path="/a/b"),
+    "overlay on a disk, volatile": lambda bench: bench.overlay(bench.mounted(), upper=bench.disk(), volatile=True),
+    "tmpfs": lambda bench: bench.tmpfs(),
     "bind": lambda bench: bench.bind("/etc", ro=True),
     "bind in a mount": lambda bench: bench.bind_inside(bench.layered(), "/data"),
     "bind, recursive": _bind_recursively,
@@ -174,3 +208,16 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
 def stored(record: AnyRecord) -> AnyRecord:
     """The record as another process reads it from the state directory."""
     return records.decode(record.key.collection, records.encode(record))
+
+
+def place(record: AnyRecord) -> Path:
+    """Where a mount is seen."""
+    assert record.facts.mountpoint is not None
+    return Path(record.facts.mountpoint)
+
+
+def standing(record: AnyRecord) -> mountinfo.Mount:
+    """A mount as the kernel has it."""
+    found = mountinfo.at(str(place(record)))
+    assert found is not None
+    return found

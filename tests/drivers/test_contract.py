@@ -115,7 +115,7 @@ def test_an_acquire_that_fails_leaves_nothing(bench: Bench, made: Made) -> None:
     assert step > 1
 
 
-MOUNTS = [kind for kind in KINDS if kind.startswith(("attach", "overlay", "bind", "uri"))]
+MOUNTS = [kind for kind in KINDS if kind.startswith(("attach", "overlay", "bind", "tmpfs", "uri"))]
 
 
 @pytest.mark.parametrize("made", MOUNTS, indirect=True)

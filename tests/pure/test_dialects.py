@@ -389,7 +389,7 @@ def test_the_flat_form_has_plain_ids() -> None:
     flat = {"id": 0, "fs_type": "squashfs", "mount_options": [], "refs": 1}
     assert views.flat(mount, "rbd") == {**flat, "rbd_id": 0}
     assert views.flat(mount, "attach") == {**flat, "attach": 0}
-    assert views.flat(top, "overlay") == {"id": 1, "lower": [0], "refs": 1}
+    assert views.flat(top, "overlay") == {"id": 1, "lower": [0], "ro": False, "refs": 1}
     shown = _whole(box)
     nulls = ("pid", "exit_code", "started_at", "finished_at", "namespaces")
     assert [shown[name] for name in nulls] == [None] * len(nulls)
@@ -408,5 +408,5 @@ def test_secrets_are_never_shown() -> None:
 
 def test_every_kind_of_the_contract_is_known() -> None:
     assert set(spec.kinds(Attachment)) == {"rbd", "loopback", "local", "iscsi"}
-    assert set(spec.kinds(Mount)) == {"attach", "overlay", "bind", "nfs", "uri"}
+    assert set(spec.kinds(Mount)) == {"attach", "overlay", "bind", "tmpfs", "nfs", "uri"}
     assert {spec.kinds(Mount)["overlay"], spec.kinds(Attachment)["rbd"]} == {Overlay, Rbd}

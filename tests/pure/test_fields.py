@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "read_from_replica": "localize", "crush_location": "host:a", "compression_hint": "none",
     **dict.fromkeys(FLAGS, True), **dict.fromkeys(NUMBERS, 4096),
 }  # fmt: skip
+LAYERS: dict[str, Any] = {"volatile": True, "metacopy": True, "redirect_dir": "on", "index": True, "xino": "auto"}
 
 
 class Line:
@@ -52,7 +53,9 @@ TABLE = [
     Line("mount", "attach", {"attach": 3, "fs_type": "ext4"}, {"mount_options": ["ro", "noatime"]},
          {"mount_options": []}),
     Line("mount", "rbd", {"rbd_id": 3, "fs_type": "ext4"}, {"mount_options": ["ro", "noatime"]}, {"mount_options": []}),
-    Line("mount", "overlay", {"lower": [2, 0, 1]}, {}),
+    Line("mount", "overlay", {"lower": [2, 0, 1]}, {"upper": 7, "upper_path": "/a", "options": LAYERS}, {"ro": False}),
+    Line("mount", "overlay", {"lower": [2, 0, 1]}, {"ro": True}, {"ro": False}),
+    Line("mount", "tmpfs", {"size": "2G"}, {}),
     Line("mount", "bind", {"path": "/a", "base": "root"}, {"recursive": True, "ro": True},
          {"recursive": False, "ro": False}),
     Line("mount", "bind", {"path": "../a", "base": "mount", "mount": 7}, {}, {"recursive": False, "ro": False}),

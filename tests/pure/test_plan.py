@@ -14,7 +14,7 @@ from imageapi.engine.graph import Graph
 from imageapi.engine.plan import Later, Plan, plan
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, Unsupported
 from imageapi.records import Key, Phase
-from imageapi.spec import Addresses, Attachment, Mount, Object, Uri
+from imageapi.spec import Addresses, Attachment, Mount, Object, Overlay, Uri
 from pure.nests import answers, container, loopback, on, overlay, rbd, things
 
 pytestmark = pytest.mark.pure
@@ -199,6 +199,58 @@ def test_a_kind_without_a_driver_is_refused_before_anything(graph: Graph) -> Non
     uri = Mount(kind="uri", uri=Uri(uri=Addresses("https://localhost/image.tar")))
     with pytest.raises(Unsupported, match="kind 'urn' has no driver"):
         plan(uri, graph, lambda: 1, lambda collection, kind: driver(collection, "urn"))
+
+
+# ------------------------------------------------------------------------------------------------------ uppers
+
+
+def writing(upper: Mount, path: str | None = None) -> Mount:
+    return Mount(kind="overlay", overlay=Overlay([on(rbd())], upper, path))
+
+
+def test_an_upper_is_the_last_that_an_overlay_needs(graph: Graph) -> None:
+    planned = ask(graph, writing(on(loopback("/disk", ro=False), "ext4")))
+    assert planned.root.edges() == [(MOUNT, 0), (MOUNT, 1)]
+    assert planned.paths[Key(MOUNT, 1)] == "$.overlay.upper"
+
+
+@pytest.mark.parametrize("attachment", [rbd(), loopback("/disk")])
+def test_an_upper_that_cannot_be_written_is_refused(graph: Graph, attachment: Attachment) -> None:
+    refused = refuse(graph, writing(on(attachment)), Invalid)
+    assert refused.fields["path"] == "$.overlay.upper"
+    refused = refuse(graph, writing(Mount(id=make(graph, on(attachment)).id)), Invalid)
+    assert refused.fields["path"] == "$.overlay.upper"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "free"),
+    [
+        (None, None, False),
+        (None, "/", False),
+        ("/a", "a/./", False),
+        ("/a", "/a/upper/b", False),
+        ("/a/work", "/a", False),
+        (None, "/upper", False),
+        ("/a", "/b", True),
+        ("/a", "/a/b", True),
+        ("/a", "/a/upper2", True),
+        (None, "/a", True),
+    ],
+)
+def test_a_place_is_written_by_one_overlay(graph: Graph, first: str | None, second: str | None, free: bool) -> None:
+    upper = Mount(id=make(graph, on(loopback("/disk", ro=False), "ext4")).id)
+    holder = make(graph, writing(upper, first))
+    if free:
+        ask(graph, writing(upper, second))
+        return
+    assert refuse(graph, writing(upper, second), Conflict).fields["holders"] == [f"{holder} (overlay)"]
+    graph.get(holder).phase = Phase.RELEASING
+    assert plan(writing(upper, second), graph, lambda: 99, answers) == Later(holder)
+
+
+def test_two_uppers_are_two_places(graph: Graph) -> None:
+    for _ in range(2):
+        make(graph, writing(Mount(id=make(graph, on(loopback("/disk", ro=False), "ext4")).id)))
 
 
 # ------------------------------------------------------------------------------------------------ any request

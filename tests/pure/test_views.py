@@ -106,10 +106,10 @@ def bind(number: int, below: int | None = None) -> AnyRecord:
 
 def test_what_was_learnt_and_what_is_wrong_is_shown_only_where_it_is() -> None:
     mount = Record(id=0, spec=overlay(Mount(id=5)), token=1)
-    assert views.flat(picture(mount), "overlay") == {"id": 0, "lower": [5], "refs": 1}
+    assert views.flat(picture(mount), "overlay") == {"id": 0, "lower": [5], "ro": False, "refs": 1}
     mount.facts = Facts(mountpoint="/m", upperdir="/u", workdir="/w", detail={"private": 1})
     mount.problem = "its lower is gone"
-    shown = {"id": 0, "lower": [5], "upperdir": "/u", "workdir": "/w", "mountpoint": "/m", "refs": 1,
+    shown = {"id": 0, "lower": [5], "ro": False, "upperdir": "/u", "workdir": "/w", "mountpoint": "/m", "refs": 1,
              "problem": "its lower is gone"}  # fmt: skip
     assert views.flat(picture(mount), "overlay") == shown
 

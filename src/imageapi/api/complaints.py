@@ -15,11 +15,12 @@ import msgspec
 
 from imageapi import spec
 from imageapi.errors import Invalid
-from imageapi.spec import Container, Mount, Uri
+from imageapi.spec import Container, Mount, Tmpfs, Uri
 
 FIELDS: dict[tuple[type, str], str] = {
     (Container, "name"): "a name is 1 to 255 letters, digits, dots, dashes and underscores, and neither '.' nor '..'",
     (Container, "state"): "a new container is 'created' or 'running'",
+    (Tmpfs, "size"): "a size is a number of bytes, or one with K, M, G, T or %: 512M, 2G, 10%",
     (Uri, "sha256"): "a SHA-256 is 64 hexadecimal digits",
 }
 """What the values of some fields must be, where the type would say it badly."""

@@ -9,7 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 from imageapi.errors import Invalid, Unsupported
-from imageapi.spec import MASK, Bind, Container, Loopback, Object, RbdOptions, Secret, Spec, Uri
+from imageapi.spec import (
+    MASK,
+    Bind,
+    Container,
+    Loopback,
+    Object,
+    Overlay,
+    OverlayOptions,
+    RbdOptions,
+    Secret,
+    Spec,
+    Uri,
+)
 
 NAMESPACES = ["ipc", "mnt", "pid", "uts"]
 """What every container gets."""
@@ -70,6 +82,28 @@ def _based(part: Loopback | Bind, path: str) -> None:
         raise Invalid(f"'{part.path}' is no absolute path; begin it with /", path=f"{path}.path")
 
 
+def _overlay(part: Overlay, path: str) -> None:
+    if part.ro and part.upper is not None:
+        raise Invalid("a read-only overlay writes to no upper; leave one of the two out", path=f"{path}.upper")
+    if part.ro and part.options and (part.options.volatile or part.options.index):
+        name = "volatile" if part.options.volatile else "index"
+        raise Invalid("a read-only overlay writes nothing; leave this out", path=f"{path}.options.{name}")
+    if part.upper_path is not None and part.upper is None:
+        raise Invalid("this is a place in an 'upper'; give that, too", path=f"{path}.upper_path")
+    if part.upper_path is not None and ".." in part.upper_path.split("/"):
+        raise Invalid("'..' leads out of the upper; give the way down from its top", path=f"{path}.upper_path")
+
+
+def _overlay_options(part: OverlayOptions, path: str) -> None:
+    """What overlayfs refuses (its `ovl_fs_params_verify`)."""
+    if part.metacopy and part.redirect_dir not in (None, "on"):
+        raise Invalid("'metacopy' needs the redirect_dir 'on'; leave one of the two out", path=f"{path}.metacopy")
+    if part.userxattr and part.metacopy:
+        raise Invalid("'userxattr' and 'metacopy' exclude each other; leave one out", path=f"{path}.metacopy")
+    if part.userxattr and part.redirect_dir not in (None, "nofollow"):
+        raise Invalid("'userxattr' allows no redirect_dir but 'nofollow'", path=f"{path}.redirect_dir")
+
+
 def _rbd_options(part: RbdOptions, path: str) -> None:
     if part.secret is None or part.secret.reveal() == MASK:
         return
@@ -121,6 +155,8 @@ RULES: dict[type, Callable[[Any, str], None]] = {
     Container: _container,
     Loopback: _based,
     Bind: _based,
+    Overlay: _overlay,
+    OverlayOptions: _overlay_options,
     RbdOptions: _rbd_options,
     Secret: _secret,
     Uri: _uri,

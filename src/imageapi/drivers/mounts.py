@@ -2,6 +2,9 @@
 
 A mountpoint carries the record's token, so whatever lies lowest there is ours, also when a crash came before the
 facts were written. What somebody else put on top is never touched.
+
+Mounts are nodev and nosuid where the host's users see them. `staging` in the `detail` of the facts has the MOUNT_ATTR_*
+flags of them that a container's own copy is not to have.
 """
 
 from __future__ import annotations

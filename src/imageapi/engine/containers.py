@@ -28,7 +28,7 @@ from imageapi.records import AnyRecord, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
 from imageapi.runtime.protocol import Ended, Life, Start, Started
-from imageapi.spec import Overlay
+from imageapi.spec import Overlay, Tmpfs
 
 log = logging.getLogger(__name__)
 
@@ -367,9 +367,13 @@ class Containers:
         return None
 
     def _written(self, mount: AnyRecord) -> list[AnyRecord]:
-        """The persistent mounts that the container could write to: an overlay's upper is thrown away."""
-        if isinstance(mount.definition, Overlay) or driver("mount", mount.kind).read_only(mount.definition):
+        """The persistent mounts that the container could write to: of an overlay its upper, if it is in one."""
+        definition = mount.definition
+        if isinstance(definition, Tmpfs) or driver("mount", mount.kind).read_only(definition):
             return []
+        if isinstance(definition, Overlay):
+            upper = None if definition.upper is None else self._graph.find(mount.edges()[-1])
+            return [] if upper is None else self._written(upper)
         on = [below for below in self._graph.below(mount.key) if below.key.collection == "attach"]
         if on and all(driver("attach", one.kind).read_only(one.definition) for one in on):
             return []

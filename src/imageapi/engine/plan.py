@@ -7,6 +7,7 @@ place in the request, before anything is made.
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ class _Planner:
         if nested and self._shareable(record) and (shared := self._equal(record)):
             return shared
         self._check_exclusive(record, path)
+        self._check_upper(record, path)
         self.steps.append(record)
         self.paths[record.key] = path
         self._own[record.key] = record
@@ -152,9 +154,10 @@ class _Planner:
         """Whether equal definitions are one object: a read-only attachment, and a file system on one."""
         if record.key.collection == Attachment.COLLECTION:
             return self._read_only(record)
-        if isinstance(record.definition, spec.Attach):
-            return all(self._read_only(self._lookup(key)) for key in record.edges())
-        return False
+        return isinstance(record.definition, spec.Attach) and self._is_on_read_only(record)
+
+    def _is_on_read_only(self, record: AnyRecord) -> bool:
+        return all(self._read_only(self._lookup(key)) for key in record.edges())
 
     def _equal(self, record: AnyRecord) -> Key | None:
         """The object that `record` would be a second of: in this request, or standing."""
@@ -197,6 +200,30 @@ class _Planner:
             if other.kind == record.kind and own.identity(other.definition) == identity:
                 self._check_pair(writes or not own.read_only(other.definition), other, f"{path}.{record.kind}")
 
+    def _check_upper(self, record: AnyRecord, path: str) -> None:
+        """Refuse an upper that cannot be written, or that another overlay writes to at the same place."""
+        definition = record.definition
+        if not isinstance(definition, spec.Overlay) or definition.upper is None:
+            return
+        upper = self._lookup(record.edges()[-1])
+        place = f"{path}.{record.kind}.upper"
+        if self._read_only(upper) or (isinstance(upper.definition, spec.Attach) and self._is_on_read_only(upper)):
+            raise Invalid(f"{describe(upper)} is read-only, and an upper is written to; make it writable", path=place)
+        for other in (*self._graph.holders(upper.key), *self.steps):
+            if _write_to_one_place(definition, other.definition):
+                self._check_writer(other, upper, place)
+
+    @staticmethod
+    def _check_writer(other: AnyRecord, upper: AnyRecord, path: str) -> None:
+        if other.phase is Phase.RELEASING and other.problem is None:
+            raise _GoingAway(other.key)
+        raise Conflict(
+            f"{describe(other)} writes to this place in {describe(upper)} already; delete that one first, or choose "
+            "another upper_path",
+            path=path,
+            holders=[describe(other)],
+        )
+
     @staticmethod
     def _check_pair(writable: bool, other: AnyRecord, path: str) -> None:
         if not writable:
@@ -208,3 +235,21 @@ class _Planner:
             f"one by id, make both read-only, or set options.force",
             path=path,
         )
+
+
+def _write_to_one_place(overlay: spec.Overlay, other: Any) -> bool:
+    """Whether two overlays write to one place of the same mount, or one of them inside what the other writes."""
+    if not isinstance(other, spec.Overlay) or other.upper is None or overlay.upper is None:
+        return False
+    first, second = _place(overlay), _place(other)
+    return other.upper.id == overlay.upper.id and (
+        first == second or _lies_in(first, second) or _lies_in(second, first)
+    )
+
+
+def _place(overlay: spec.Overlay) -> str:
+    return posixpath.normpath("/" + (overlay.upper_path or "").strip("/")).rstrip("/")
+
+
+def _lies_in(inner: str, outer: str) -> bool:
+    return f"{inner}/".startswith((f"{outer}/upper/", f"{outer}/work/"))

@@ -151,8 +151,8 @@ def observe(site: Site, record: AnyRecord) -> Facts | None:
 
 
 def open_root(site: Site, container: AnyRecord, on: AnyRecord, argv: list[str], told: Sequence[str]) -> Descriptor:
-    """A private, detached copy of the tree of the mount `on`, in which `argv` can be executed. The container's log
-    begins with the lines `told`.
+    """A private, detached copy of the tree of the mount `on`, in which `argv` can be executed, without what the mount
+    lacks only where the host's users see it. The container's log begins with the lines `told`.
 
     Raises: errors.Invalid, when it cannot, with the reason.
     """
@@ -163,7 +163,8 @@ def open_root(site: Site, container: AnyRecord, on: AnyRecord, argv: list[str], 
     flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | libc.AT_RECURSIVE
     root = mount.open_tree(libc.AT_FDCWD, on.facts.mountpoint, flags)
     try:
-        mount.mount_setattr(root, "", propagation=mount.MS_PRIVATE, recursive=True)
+        staging = on.facts.detail.get("staging", 0)
+        mount.mount_setattr(root, "", clear=staging, propagation=mount.MS_PRIVATE, recursive=True)
         log("validating init")
         command.validate(root, argv)
     except BaseException:

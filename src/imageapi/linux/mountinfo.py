@@ -91,6 +91,12 @@ def below(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
     return sorted(found, key=lambda mount: mount.mountpoint.count("/"), reverse=True)
 
 
+def holding(path: str, mounts: list[Mount]) -> Mount:
+    """The mount that `path`, which goes over no symbolic link, is on. Raises: ValueError, where there is none."""
+    above = (each for each in mounts if f"{path}/".startswith(f"{each.mountpoint.rstrip('/')}/"))
+    return max(above, key=lambda each: len(each.mountpoint))
+
+
 def _namespaces() -> Iterator[int]:
     """One process of every mount namespace but our own."""
     seen = {os.readlink("/proc/self/ns/mnt")}

@@ -36,12 +36,13 @@ class Driver(LocalDriver):
         if definition.fs_type not in superblock.CHECKED_BY_KERNEL:
             _check_content(device, definition.fs_type)
         read_only = driver("attach", on.kind).read_only(on.definition) or _is_read_only(device)
-        flags |= mount.MS_NODEV | mount.MS_RDONLY * read_only
+        staging = 0 if flags & mount.MS_NOSUID else mount.MOUNT_ATTR_NOSUID
+        flags |= mount.MS_NODEV | mount.MS_NOSUID | mount.MS_RDONLY * read_only
         with ExitStack() as undo:
             path = mounts.make_directory(undo, site.mountpoint(record.token))
             _mount(device, path, definition, flags, data)
             undo.callback(mount.umount, path)
-            detail = {**mounts.made(record, site), "device": device}
+            detail = {**mounts.made(record, site), "device": device, "staging": staging}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 

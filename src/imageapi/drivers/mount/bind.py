@@ -34,7 +34,8 @@ class Driver(LocalDriver):
             path = mounts.make_directory(undo, site.mountpoint(record.token))
             mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
             undo.callback(self.release, record, site)
-            detail = {**mounts.made(record, site), "depth": _depth(path, inputs)}
+            staging = inputs[0].facts.detail.get("staging", 0) if inputs else 0
+            detail = {**mounts.made(record, site), "depth": _depth(path, inputs), "staging": staging}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 

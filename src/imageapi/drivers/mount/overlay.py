@@ -1,11 +1,9 @@
-"""A writable view over other mounts (the kernel's filesystems/overlayfs.rst); what is written goes when it goes."""
+"""A view over other mounts (the kernel's filesystems/overlayfs.rst). What is written goes when it goes, or stays in
+another mount."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,10 +11,12 @@ from typing import Any
 from imageapi.config import Site
 from imageapi.drivers import mounts
 from imageapi.drivers.base import LocalDriver
-from imageapi.errors import Conflict, Invalid, Problem, Unsupported
-from imageapi.linux import filesystems, kmsg, libc, mount
+from imageapi.drivers.overlayfs import mounting, options, upper
+from imageapi.drivers.overlayfs.mounting import Layers
+from imageapi.drivers.overlayfs.upper import Upper
+from imageapi.errors import Invalid, Unsupported
+from imageapi.linux import filesystems, mount
 from imageapi.linux.mountinfo import Mount
-from imageapi.linux.tree import remove_tree
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Overlay
 
@@ -32,44 +32,81 @@ class Driver(LocalDriver):
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         if filesystems.needs_device("overlay") is None:
             raise Unsupported("this kernel has no overlay file system; 'modprobe overlay' must succeed")
-        lowers = _check_lowers(inputs)
-        with ExitStack() as undo:
+        definition: Overlay = record.definition
+        lowers = _check_lowers(inputs[: len(definition.lower)])
+        with ExitStack() as undo, ExitStack() as opened:
             path = mounts.make_directory(undo, site.mountpoint(record.token))
-            upper = mounts.make_tree(undo, site.upperdir(record.token))
-            work = mounts.make_tree(undo, site.workdir(record.token))
-            _look_like(upper, lowers[0])
-            _mount(site.mark(record.key), path, lowers, upper, work)
+            layers = _layers(undo, opened, record, lowers, inputs[len(lowers) :], site)
+            mounting.make(site.mark(record.key), path, layers)
             undo.callback(mount.umount, path)
-            detail = {**mounts.made(record, site), "depth": _depth(inputs)}
+            detail = {**mounts.made(record, site), "depth": _depth(inputs), "staging": mounting.ATTRIBUTES}
+            _check_options(record, site)
             undo.pop_all()
-        return _facts(record, site, detail)
+        return _facts(path, None if definition.ro else layers.upper, detail)
 
     def release(self, record: AnyRecord, site: Site) -> None:
+        definition: Overlay = record.definition
+        written = _upper(record, site)
         mounts.release(record, site)
         mounts.check_gone(f"the overlay {record.key}", site.mark(record.key), record.facts.detail.get("dev"))
-        work = site.workdir(record.token)
-        _clear_work(work)
-        for path in (site.upperdir(record.token), work):
-            _remove(path)
+        if definition.upper is None:
+            upper.remove(_own(record, site))
+        elif written is not None and options.is_volatile(definition):
+            upper.settle(written.work)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        return mounts.observe(record, site, lambda found: _facts(record, site, _observed(record, found)))
-
-    def read_only(self, definition: Overlay) -> bool:
-        return False
+        return mounts.observe(record, site, lambda found: _observed(record, site, found))
 
 
-def _facts(record: AnyRecord, site: Site, detail: dict[str, Any]) -> Facts:
-    return Facts(
-        mountpoint=site.mountpoint(record.token),
-        upperdir=site.upperdir(record.token),
-        workdir=site.workdir(record.token),
-        detail=detail,
-    )
+def _facts(path: str, written: Upper | None, detail: dict[str, Any]) -> Facts:
+    upperdir, workdir = written or (None, None)
+    return Facts(mountpoint=path, upperdir=upperdir, workdir=workdir, detail=detail)
 
 
-def _observed(record: AnyRecord, found: Mount) -> dict[str, Any]:
-    return {"dev": found.dev, "depth": record.facts.detail.get("depth", 1)}
+def _observed(record: AnyRecord, site: Site, found: Mount) -> Facts:
+    detail = {"dev": found.dev, "depth": record.facts.detail.get("depth", 1)}
+    return _facts(site.mountpoint(record.token), _upper(record, site), detail)
+
+
+# ------------------------------------------------------------------------------------------------- its layers
+
+
+def _layers(
+    undo: ExitStack, opened: ExitStack, record: AnyRecord, lowers: list[str], above: Sequence[AnyRecord], site: Site
+) -> Layers:
+    """What to mount, the directories for the writes being there. The kernel wants two lowers where nothing is
+    written: an empty directory is the second."""
+    definition: Overlay = record.definition
+    asked = options.of(definition)
+    if definition.ro:
+        empty = [mounts.make_tree(undo, site.upperdir(record.token))] if len(lowers) == 1 else []
+        return Layers([*lowers, *empty], None, asked)
+    if not above:
+        return Layers(lowers, upper.make(undo, _own(record, site), lowers[0]), asked)
+    return Layers(lowers, upper.inside(undo, opened, definition, above[0], lowers), asked)
+
+
+def _own(record: AnyRecord, site: Site) -> Upper:
+    return Upper(site.upperdir(record.token), site.workdir(record.token))
+
+
+def _upper(record: AnyRecord, site: Site) -> Upper | None:
+    """Where the overlay writes, as far as that is known: a crash may have come before it was written down."""
+    definition, facts = record.definition, record.facts
+    if definition.ro:
+        return None
+    if definition.upper is None:
+        return _own(record, site)
+    if facts.upperdir is not None and facts.workdir is not None:
+        return Upper(facts.upperdir, facts.workdir)
+    found = mounts.find(record, site)
+    return None if found is None else upper.shown(found)
+
+
+def _check_options(record: AnyRecord, site: Site) -> None:
+    """Mostly nobody asks for any, and then nothing is read."""
+    if record.definition.options and (found := mounts.find(record, site)):
+        options.check_taken(record.definition, found)
 
 
 # --------------------------------------------------------------------------------------------- before the mount
@@ -89,7 +126,7 @@ def _check_lowers(inputs: Sequence[AnyRecord]) -> list[str]:
     if _depth(inputs) > MAX_STACK_DEPTH:
         deep = next(at for at, each in enumerate(inputs) if each.facts.detail.get("depth", 0) >= MAX_STACK_DEPTH)
         raise Invalid(
-            f"{inputs[deep].key} is an overlay over an overlay, over which the kernel makes no third; "
+            f"{inputs[deep].key} is an overlay over an overlay, and the kernel stacks no more than {MAX_STACK_DEPTH}; "
             "give its own lower mounts instead",
             path=f"$.lower[{deep}]",
         )
@@ -115,101 +152,3 @@ def _check_distinct(inputs: Sequence[AnyRecord]) -> None:
                 path=f"$.lower[{at}]",
             )
         seen[place] = each
-
-
-def _look_like(upper: str, lower: str) -> None:
-    """The root directory of an overlay is its upper's: give it the mode and owner of the topmost layer's."""
-    found = os.stat(lower)
-    os.chown(upper, found.st_uid, found.st_gid)
-    os.chmod(upper, found.st_mode & 0o7777)
-
-
-# -------------------------------------------------------------------------------------------------- the mount
-
-
-def _mount(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
-    try:
-        _mount_either_way(source, path, lowers, upper, work)
-    except OSError:
-        _mount_again(source, path, lowers, upper, work)
-
-
-def _mount_again(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
-    """The same, with an ear to what the kernel says of it: listening costs half as much as a mount. The work
-    directory is made anew: one that has been tried with `volatile` is refused for that."""
-    remove_tree(work)
-    os.mkdir(work, 0o755)
-    with kmsg.Tail() as log:
-        try:
-            _mount_either_way(source, path, lowers, upper, work)
-        except OSError as error:
-            refused = _refusal(error, log.about("overlayfs"))
-            if refused is None:
-                raise
-            raise refused from None
-
-
-def _mount_either_way(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
-    """By mount(2), which is faster, as long as the options fit in its one page."""
-    lowerdir = ":".join(map(_escape, lowers))
-    data = f"lowerdir={lowerdir},upperdir={_escape(upper)},workdir={_escape(work)},volatile"
-    if len(os.fsencode(data)) < os.sysconf("SC_PAGE_SIZE"):
-        mount.mount(source, path, "overlay", 0, data)
-    else:
-        _mount_layer_by_layer(source, path, lowers, upper, work)
-
-
-def _escape(path: str) -> str:
-    """`path` as overlayfs takes it within its options."""
-    return re.sub(r"([\\:,])", r"\\\1", path)
-
-
-def _mount_layer_by_layer(source: str, path: str, lowers: list[str], upper: str, work: str) -> None:
-    """With one `lowerdir+` (Linux 6.7) for each, whose value is taken as it is."""
-    context = mount.fsopen("overlay")
-    try:
-        layers = [("lowerdir+", lower) for lower in lowers]
-        places = [("upperdir", _escape(upper)), ("workdir", _escape(work))]
-        mount.configure(context, source, [*layers, *places, ("volatile", None)])
-        tree = mount.fsmount(context)
-    finally:
-        os.close(context)
-    try:
-        mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
-    finally:
-        os.close(tree)
-
-
-def _refusal(error: OSError, words: str) -> Problem | None:
-    """What the kernel's refusal means, or None when it says all there is to say."""
-    words = "; ".join(filter(None, (words, getattr(error, "detail", ""))))
-    name = errno.errorcode.get(error.errno or 0, "")
-    if "lowerdir+" in words:
-        return Unsupported("so many lower mounts need Linux 6.7 or later; give fewer", path="$.lower", detail=words)
-    if error.errno == errno.ELOOP:
-        sentence = "one of the lower mounts lies within another; leave it out"
-        return Invalid(sentence, path="$.lower", errno=name, detail=words)
-    if error.errno == errno.EINVAL and words:
-        return Invalid(f"the kernel makes no overlay of these: {words}", path="$.lower", errno=name, detail=words)
-    return None
-
-
-# -------------------------------------------------------------------------------------------------- the release
-
-
-def _clear_work(path: str) -> None:
-    """Remove what overlayfs leaves of itself, which is nearly always all there is: so nothing need be searched."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(path, "work/incompat/volatile/dirty"))
-        for directory in ("work/incompat/volatile", "work/incompat", "work"):
-            os.rmdir(os.path.join(path, directory))
-
-
-def _remove(path: str) -> None:
-    try:
-        remove_tree(path)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY):
-            raise
-        sentence = f"something is mounted in {path}, and not by this server; umount it there, and delete again"
-        raise Conflict(sentence, holders=[f"mounts in {path}"]) from None

@@ -1,0 +1,1 @@
+"""What the mount kind `overlay` is made of: its options, its upper, and the mount itself."""
