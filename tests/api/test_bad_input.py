@@ -51,12 +51,6 @@ INVALID: dict[str, tuple[Any, int, str, str]] = {
         "fs_type",
     ),
     "unknown kind": (nested({"kind": "zfs", "zfs": {}}), 422, "$.mount.overlay.lower[0]", "zfs"),
-    "kind without a driver": (
-        nested({"kind": "nfs", "nfs": {"host": "localhost", "path": "/export"}}),
-        501,
-        "$.mount.overlay.lower[0]",
-        "nfs",
-    ),
     "neither reference nor definition": (nested({}), 422, "$.mount.overlay.lower[0]", "id"),
     "kind without its definition": (nested({"kind": "overlay"}), 422, "$.mount.overlay.lower[0]", "overlay"),
     "reference to nothing": (nested({"id": 99}), 404, "$.mount.overlay.lower[0]", "no mount 99"),

@@ -93,7 +93,11 @@ def _is_ours(record: AnyRecord, lowest: Mount) -> bool:
     return bool(record.facts.detail.get("dev", lowest.dev) == lowest.dev)
 
 
-def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
+Unmount = Callable[[str, int], None]
+"""umount2(2) of a mountpoint with these flags, or what a kind makes of it."""
+
+
+def release(record: AnyRecord, site: Site, *, with_inner: bool = False, unmount: Unmount = mount.umount) -> None:
     """Unmount the record's mount and remove its mountpoint, which also detaches the copies that other mount
     namespaces have of it there. `with_inner`: what is mounted inside belongs to it.
 
@@ -101,13 +105,13 @@ def release(record: AnyRecord, site: Site, *, with_inner: bool = False) -> None:
     """
     path = site.mountpoint(record.token)
     if stands(record, site) and not mountid.bears_others(record.facts.detail["mount"]):
-        _umount(path, path)
+        _umount(path, path, unmount)
     else:
-        _release_stack(record, path, with_inner=with_inner)
+        _release_stack(record, path, unmount, with_inner=with_inner)
     _remove_mountpoint(path)
 
 
-def _release_stack(record: AnyRecord, path: str, *, with_inner: bool) -> None:
+def _release_stack(record: AnyRecord, path: str, unmount: Unmount, *, with_inner: bool) -> None:
     """Unmount what lies at `path` and belongs to the record, if anything does: mountinfo tells all there is."""
     mounts = mountinfo.read(mention=mountinfo.place(path))
     stack = mountinfo.stack(path, mounts)
@@ -116,7 +120,7 @@ def _release_stack(record: AnyRecord, path: str, *, with_inner: bool) -> None:
         inner = mountinfo.below(path, mounts)
         _check_inner(path, inner, with_inner=with_inner)
         for each in (*inner, stack[0]):
-            _umount(path, each.mountpoint)
+            _umount(path, each.mountpoint, unmount)
 
 
 def _check_top(record: AnyRecord, path: str, stack: list[Mount]) -> None:
@@ -137,15 +141,15 @@ def _check_inner(path: str, inner: list[Mount], *, with_inner: bool) -> None:
         raise holders.busy(path, pids)
 
 
-def _umount(path: str, mountpoint: str) -> None:
-    if not holders.until(lambda: _unmounted(mountpoint)):
+def _umount(path: str, mountpoint: str, unmount: Unmount) -> None:
+    if not holders.until(lambda: _unmounted(mountpoint, unmount)):
         raise holders.busy(path, users.using(path))
 
 
-def _unmounted(mountpoint: str) -> bool:
+def _unmounted(mountpoint: str, unmount: Unmount) -> bool:
     """Whether it could be unmounted now, or somebody else has just done it."""
     try:
-        mount.umount(mountpoint, mount.UMOUNT_NOFOLLOW)
+        unmount(mountpoint, mount.UMOUNT_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False

@@ -23,6 +23,8 @@ from imageapi.linux.libc import (
     syscall,
 )
 
+AT_STATX_DONT_SYNC = 0x4000
+"""Do not ask a server for what is looked at."""
 STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_MOUNT_ROOT = 0x2000
 STATMOUNT_SB_BASIC = 0x1
@@ -51,7 +53,8 @@ def at(path: str) -> int | None:
     Raises: OSError.
     """
     buffer = ctypes.create_string_buffer(256)
-    check(libc.statx(AT_FDCWD, encode(path), AT_SYMLINK_NOFOLLOW, STATX_MNT_ID_UNIQUE, buffer), path)
+    flags = AT_SYMLINK_NOFOLLOW | AT_STATX_DONT_SYNC
+    check(libc.statx(AT_FDCWD, encode(path), flags, STATX_MNT_ID_UNIQUE, buffer), path)
     mask, _, attributes, number = _STATX.unpack_from(buffer)
     known = mask & STATX_MNT_ID_UNIQUE and attributes & STATX_ATTR_MOUNT_ROOT
     return int(number) if known else None
