@@ -458,7 +458,7 @@ def decode_hook(kind: type[Any], value: Any) -> Any:
         return Secret(value)
     if kind is Addresses:
         if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))):
-            raise ValueError(f"Expected `str | array of strings`, got `{type(value).__name__}`")
+            raise ValueError("this must be a URI, or an array of URIs")
         return Addresses(value)
     raise NotImplementedError(kind)
 

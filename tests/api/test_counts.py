@@ -95,8 +95,8 @@ def _woken(server: Server, seconds: float) -> dict[int, int]:
 @pytest.mark.parametrize(
     ("module", "most", "never"),
     [
-        ("imageapi.server", 200, {"asyncio", "ssl", "hashlib", "shutil", "json"}),  # 190
-        ("imageapi.service", 310, {"click", "multiprocessing"}),  # 298
+        ("imageapi.server", 200, {"asyncio", "ssl", "hashlib", "shutil", "json", "urllib3", "tarfile"}),  # 190
+        ("imageapi.service", 310, {"click", "multiprocessing", "urllib3", "tarfile"}),  # 298
     ],
 )
 def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:
@@ -104,3 +104,11 @@ def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert len(found) <= most
     assert not never & {*found}
+
+
+def test_what_a_worker_brings_along_for_kinds_that_are_not_used() -> None:
+    """All drivers are loaded before the fork; what only one of them needs is not."""
+    load = "import sys; from imageapi.engine import zygote; zygote._load_drivers(); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", load], check=True, capture_output=True, text=True).stdout.split()
+    assert "imageapi.drivers.mount.uri" in found
+    assert not {"urllib3", "ssl", "http.client", "tarfile", "lzma", "zlib", "backports.zstd", "hashlib"} & {*found}

@@ -7,6 +7,7 @@ import re
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,8 +28,9 @@ class Asked(NamedTuple):
 @dataclass
 class Content:
     """What there is at one path. `breaks`: after how many bytes each answer in turn is broken off; those that follow
-    are whole. `length` is what an answer says of its size, when that is a lie. `gate`, when there is one, is waited for
-    once half is sent. `chunked`: nothing is said of the size. `then` is there from the second answer on."""
+    are whole. `length`: what an answer says of its size, when that is a lie; with `chunked` it says nothing. `gate`,
+    when there is one, is waited for once half is sent. `trickle`: seconds before each eighth. `then` is there from the
+    second answer on."""
 
     data: bytes = b""
     etag: str | None = '"1"'
@@ -38,12 +40,13 @@ class Content:
     breaks: list[int] = field(default_factory=list)
     length: int | None = None
     gate: threading.Event | None = None
+    trickle: float = 0.0
     chunked: bool = False
     then: Content | None = None
 
 
 class Web(ThreadingHTTPServer):
-    """The server. `contents` are by path, without the query."""
+    """The server. `contents` are by path, without the query; `left` are clients that hung up on an answer."""
 
     daemon_threads = False
 
@@ -51,6 +54,7 @@ class Web(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.contents: dict[str, Content] = {}
         self.asked: list[Asked] = []
+        self.left: list[object] = []
         self.scheme, self.host = "http", "127.0.0.1"
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self._thread.start()
@@ -78,7 +82,8 @@ class Web(ThreadingHTTPServer):
         self.scheme, self.host = "https", "localhost"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away are what tests are about."""
+        """A client has gone away, which is what some tests are about."""
+        self.left.append(client_address)
 
 
 @contextlib.contextmanager
@@ -159,6 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _write(self, content: Content, data: bytes) -> None:
+        size = -(-len(data) // 8) if content.trickle else len(data)
+        for start in range(0, len(data), size or 1):
+            time.sleep(content.trickle)
+            self._write_piece(content, data[start : start + size])
+
+    def _write_piece(self, content: Content, data: bytes) -> None:
         if data:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if content.chunked else data)
             self.wfile.flush()

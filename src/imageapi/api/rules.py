@@ -141,7 +141,7 @@ def _address(address: str, path: str) -> None:
     if MASK in address:
         raise Invalid("this has the mask that answers show; give the whole URI, or refer to the mount by id", path=path)
     found = _ADDRESS.fullmatch(address)
-    if found is None or not _HOST.fullmatch(found["host"] or "localhost"):
+    if found is None or not _HOST.fullmatch(found["host"] or "localhost") or "%00" in address:
         raise Invalid(
             "give https://host/path, http://host/path or file:///path; in it, write what is no letter, digit or part "
             "of the form with % and two digits (a # is %23, a / in a password %2F)",
