@@ -32,7 +32,7 @@ from imageapi.records import Key
 from imageapi.spec import COLLECTIONS, Secret
 
 PROGRAM = "qemu-storage-daemon"
-PACKAGES = "qemu-storage-daemon and its rbd module (on Debian: qemu-system-common and qemu-block-extra)"
+PACKAGES = "qemu-storage-daemon and its block drivers (on Debian: qemu-system-common and qemu-block-extra)"
 LIMIT = 20
 """The most images of one daemon: its crash takes no more than these."""
 
@@ -47,14 +47,15 @@ SECRET_ID = "key"
 
 
 class Source(NamedTuple):
-    """What a daemon is to open: the arguments of `blockdev-add`, the secret they need as `key-secret`, and the text of
-    the files they name by `private_path`."""
+    """What a daemon is to open: the arguments of `blockdev-add`, the secret (in base64) that they need under the name
+    `secret_argument`, and the text of the files they name by `private_path`."""
 
     group: str
     blockdev: dict[str, Any]
     secret: Secret | None
     files: Mapping[str, str]
     read_only: bool
+    secret_argument: str = "key-secret"
 
 
 # ---------------------------------------------------------------------------------------------- the verbs
@@ -321,7 +322,7 @@ def _add_node(qmp: Qmp, node: str, source: Source) -> None:
     _drop_secret(qmp)
     qmp.execute("object-add", qom_type="secret", id=SECRET_ID, data=source.secret, format="base64")
     try:
-        qmp.execute("blockdev-add", **arguments, key_secret=SECRET_ID)
+        qmp.execute("blockdev-add", **arguments, **{source.secret_argument: SECRET_ID})
     finally:
         _drop_secret(qmp)
 

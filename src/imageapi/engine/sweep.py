@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from imageapi.config import Site
-from imageapi.drivers import block, storage_daemon
-from imageapi.drivers.ceph import daemon
+from imageapi.drivers import block, exported, storage_daemon
 from imageapi.errors import Problem
 from imageapi.linux import mount, mountinfo
 from imageapi.linux.tree import remove_tree
@@ -69,7 +68,7 @@ def _sweep_exports(site: Site, keys: Collection[Key]) -> list[str]:
 
 
 def _abandon(key: Key, site: Site, _: str) -> None:
-    daemon.abandon(key, site)
+    exported.abandon(key, site)
 
 
 def _attempt(remove: Callable[[str], None], what: str) -> list[str]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
-from imageapi.drivers import storage_daemon
+from imageapi.drivers import exported, storage_daemon
 from imageapi.drivers.ceph import daemon, kernel, monitors, options
 from imageapi.errors import Unsupported
 from imageapi.linux import process
@@ -34,7 +34,7 @@ class Driver:
         daemon.release(record.key, record.definition, site)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        device = kernel.observe(record.key, site) or daemon.observe(record.key, site)
+        device = kernel.observe(record.key, site) or exported.observe(record.key, site)
         return None if device is None else _facts(device)
 
     def read_only(self, definition: Rbd) -> bool:

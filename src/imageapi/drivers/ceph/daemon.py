@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from imageapi.config import Site
-from imageapi.drivers import block, export_loop, storage_daemon
+from imageapi.drivers import exported, storage_daemon
 from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.qmp import Deadline, QmpError
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import loop
 from imageapi.records import Key
 from imageapi.spec import Rbd
 
-DEADLINE = 20.0
-"""Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
+DEADLINE = exported.DEADLINE
 
 CONF = "ceph.conf"
-REFUSED = "refused"
-"""The files beside the export: librados' configuration, and the note that writes were refused."""
+"""The file beside the export: librados' configuration."""
+
+REFUSED = "see what the user may write, and the pool's quota"
+"""Where to look when the cluster refuses writes."""
 
 
 def acquire(key: Key, definition: Rbd, site: Site) -> str:
@@ -34,13 +33,8 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     deadline = Deadline(DEADLINE)
     release(key, definition, site)
     wanted = source(key, definition, site)
-    with contextlib.ExitStack() as undo:
-        with _explained(definition):
-            storage_daemon.export(site, key, wanted, deadline)
-        undo.callback(release, key, definition, site)
-        device = export_loop.attach(site, key, read_only=wanted.read_only)
-        undo.pop_all()
-    return device
+    with _explained(definition):
+        return exported.attach(site, key, wanted, deadline)
 
 
 def release(key: Key, definition: Rbd, site: Site) -> None:
@@ -48,64 +42,9 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
 
     Raises: errors.Conflict while the device is in use; errors.TimedOut; errors.Problem when writes were lost.
     """
-    if not storage_daemon.known(site, key):
-        return
-    device = export_loop.find(site, key)
-    expendable = options.read_only(definition)
-    if device is not None and not loop.is_free(device):
-        raise block.busy(device)
-    deadline = Deadline(DEADLINE)
     with _explained(definition):
-        storage_daemon.settle(site, key, deadline, expendable=expendable)
-        if device is not None:
-            _detach(key, device, site, flush=not expendable)
-        storage_daemon.withdraw(site, key, deadline, expendable=expendable)
-
-
-def abandon(key: Key, site: Site) -> None:
-    """Take away what is left of an image that nobody has a record of. What was written to it and not flushed is lost.
-
-    Raises: errors.Conflict while the device is in use; TimeoutError when the daemon hangs; OSError.
-    """
-    device = export_loop.find(site, key)
-    if device is not None:
-        block.detach_loop(device)
-    storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=True)
-
-
-def _detach(key: Key, device: str, site: Site, *, flush: bool) -> None:
-    if flush and storage_daemon.standing(site, key):
-        _flush(device, storage_daemon.private_path(site, key, REFUSED))
-    block.detach_loop(device)
-
-
-def observe(key: Key, site: Site) -> str | None:
-    """The block device, if all that it stands on is there."""
-    return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
-
-
-def _flush(device: str, refused: str) -> None:
-    """See that all writes are in the cluster. An outage makes this wait; an error is the cluster's last word, and no
-    later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go.
-
-    Raises: errors.Problem.
-    """
-    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if os.path.exists(refused):
-            return
-        with open(refused, "w", encoding="utf-8") as note:
-            note.write(str(error))
-        raise Problem(
-            f"the cluster refused the last writes to {device}, which are lost: see what the user may write, and the "
-            "pool's quota; the device is let go at the next attempt",
-            step="flush",
-            detail=str(error),
-        ) from None
-    finally:
-        os.close(descriptor)
+        read_only = options.read_only(definition)
+        exported.detach(site, key, Deadline(DEADLINE), read_only=read_only, hint=REFUSED)
 
 
 # ------------------------------------------------------------------------------------------ what is opened

@@ -1,0 +1,96 @@
+"""An image that a storage daemon opens, as a block device: a file that the daemon shows, and a loop device on it.
+
+What the kinds have in common that take this way; what they ask the daemon for, and what its words mean, is their own.
+QmpError, TimeoutError and ConnectionError come out of here as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from imageapi.config import Site
+from imageapi.drivers import block, export_loop, storage_daemon
+from imageapi.drivers.qmp import Deadline
+from imageapi.drivers.storage_daemon import Source
+from imageapi.errors import Problem
+from imageapi.linux import loop
+from imageapi.records import Key
+
+DEADLINE = 20.0
+"""Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
+
+REFUSED = "refused"
+"""The file beside the export that notes that writes were refused."""
+
+
+def attach(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
+    """Open the image and return its block device. Leaves nothing when it fails.
+
+    Raises: what `storage_daemon.export` raises; OSError from the loop device.
+    """
+    with contextlib.ExitStack() as undo:
+        storage_daemon.export(site, key, source, deadline)
+        undo.callback(abandon, key, site)
+        device = export_loop.attach(site, key, read_only=source.read_only)
+        undo.pop_all()
+    return device
+
+
+def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: str) -> None:
+    """Flush, and take away the loop device, the file and, with its last image, the daemon. Idempotent. `hint` is where
+    to look when the store refuses what was written.
+
+    Raises: errors.Conflict while the device is in use; errors.Problem when writes were lost; TimeoutError.
+    """
+    if not storage_daemon.known(site, key):
+        return
+    device = export_loop.find(site, key)
+    if device is not None and not loop.is_free(device):
+        raise block.busy(device)
+    storage_daemon.settle(site, key, deadline, expendable=read_only)
+    if device is not None:
+        if not read_only and storage_daemon.standing(site, key):
+            _flush(device, storage_daemon.private_path(site, key, REFUSED), hint)
+        block.detach_loop(device)
+    storage_daemon.withdraw(site, key, deadline, expendable=read_only)
+
+
+def abandon(key: Key, site: Site) -> None:
+    """Take away what is left of an image that nobody has a record of. What was written to it and not flushed is lost.
+
+    Raises: errors.Conflict while the device is in use; TimeoutError when the daemon hangs; OSError.
+    """
+    device = export_loop.find(site, key)
+    if device is not None:
+        block.detach_loop(device)
+    storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=True)
+
+
+def observe(key: Key, site: Site) -> str | None:
+    """The block device, if all that it stands on is there."""
+    return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
+
+
+def _flush(device: str, refused: str, hint: str) -> None:
+    """See that all writes are in the store. An outage makes this wait; an error is the store's last word, and no
+    later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go.
+
+    Raises: errors.Problem.
+    """
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if os.path.exists(refused):
+            return
+        with open(refused, "w", encoding="utf-8") as note:
+            note.write(str(error))
+        raise Problem(
+            f"the store refused the last writes to {device}, which are lost: {hint}; the device is let go at the next "
+            "attempt",
+            step="flush",
+            detail=str(error),
+        ) from None
+    finally:
+        os.close(descriptor)
