@@ -23,11 +23,15 @@ NOTE = "loop"
 def attach(site: Site, key: Key, *, read_only: bool) -> str:
     """Put a loop device on the exported file and return its path.
 
+    One that can be written is not told to go past the page cache: then the kernel sends one write after another.
+    Several at once QEMU mixes up before 10.1: while it carries one out it reads the next into the same buffer, which
+    the first may not have left yet ("fuse: Copy write buffer content before polling" there).
+
     Raises: OSError.
     """
     file = os.open(export_path(site, key), (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        device, _ = loop.attach(file, site.mark(key), read_only=read_only)
+        device, _ = loop.attach(file, site.mark(key), read_only=read_only, direct_io=read_only)
     finally:
         os.close(file)
     name = os.path.basename(device)

@@ -11,20 +11,16 @@ from pathlib import Path
 import pytest
 
 from drivers import interruptions
-from drivers.rbd.on_cluster import (
+from drivers.exporting import (
     ATTRIBUTES_VALID,
-    DRIVER,
-    READ_ONLY,
     assert_nothing_left,
     attached,
     can_be_asked,
     daemons,
-    definition,
     loops,
-    problem,
     process_texts,
-    record,
 )
+from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import storage_daemon

@@ -14,17 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from drivers.rbd.on_cluster import (
-    DRIVER,
-    READ_ONLY,
-    attached,
-    daemons,
-    definition,
-    is_read_only,
-    problem,
-    record,
-    spied,
-)
+from drivers.exporting import attached, daemons, is_read_only, spied, write_in_parallel
+from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors, records
 from imageapi.config import Site
 from imageapi.drivers import export_loop, storage_daemon
@@ -155,6 +146,14 @@ def test_what_is_written_is_in_the_cluster_after_the_detach(site: Site, ceph: Cl
     assert ceph.read_image(name)[1 << 20 : 4 << 20] == written
     with attached(site, record(definition(ceph, name, rw=True), 1)) as device:
         assert Path(device).read_bytes()[1 << 20 : 4 << 20] == written
+
+
+def test_writes_that_are_under_way_at_once_do_not_mix(site: Site, ceph: Cluster) -> None:
+    ceph.create_image("busy", "16M")
+    written = os.urandom(16 << 20)
+    with attached(site, record(definition(ceph, "busy", rw=True))) as device:
+        write_in_parallel(device, written)
+    assert ceph.read_image("busy") == written
 
 
 def test_writes_that_the_cluster_refuses_are_told_once_and_then_let_go(site: Site, ceph: Cluster) -> None:
