@@ -16,7 +16,8 @@ import msgspec
 from imageapi import __version__
 from imageapi.records import Key
 
-RbdBackend = Literal["auto", "kernel", "daemon"]
+Backend = Literal["auto", "kernel", "daemon"]
+"""Who attaches the images of a store: the kernel's driver, a storage daemon, or whichever is there."""
 
 DEFAULT_RUN_DIR = "/var/run/imageapi"
 DEFAULT_SOCKET = "/var/run/imageapi.sock"
@@ -38,7 +39,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     run_dir: str = DEFAULT_RUN_DIR
     instance: str = "00000000"
-    rbd_backend: RbdBackend = "auto"
+    rbd_backend: Backend = "auto"
+    iscsi_backend: Backend = "auto"
 
     def mark(self, key: Key) -> str:
         """What the kernel objects made for `key` carry, so that they are known for ours: at most 40 characters,
@@ -98,7 +100,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     insecure_http: bool = False
     first_id: int = 0
-    rbd_backend: RbdBackend = "auto"
+    rbd_backend: Backend = "auto"
+    iscsi_backend: Backend = "auto"
     stop_timeout: float = 30.0
     operation_timeout: float = 25.0
     cleanup_timeout: float = 10.0
@@ -112,7 +115,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_level: int = 20
 
     def site(self, instance: str) -> Site:
-        return Site(run_dir=self.run_dir, instance=instance, rbd_backend=self.rbd_backend)
+        backends = {"rbd_backend": self.rbd_backend, "iscsi_backend": self.iscsi_backend}
+        return Site(run_dir=self.run_dir, instance=instance, **backends)
 
 
 NO_LIMIT = 1e9
@@ -293,6 +297,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         choices=("auto", "kernel", "daemon"),
         default="auto",
         help="map images with the kernel's rbd driver or with qemu-storage-daemon (auto)",
+    )
+    work.add_argument(
+        "--iscsi-backend",
+        choices=("auto", "kernel", "daemon"),
+        default="auto",
+        help="log in to targets with the kernel's initiator (open-iscsi) or with qemu-storage-daemon (auto)",
     )
     work.add_argument(
         "--cleanup-timeout", type=_argument(duration), default="10s", help="at the end, for what is being undone (10s)"

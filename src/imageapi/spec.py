@@ -176,6 +176,12 @@ class Chap(Spec, frozen=True):
     mutual_secret: Secret | None = None
 
 
+class IscsiOptions(Spec, frozen=True):
+    """How an iSCSI attachment is to be made."""
+
+    force: bool = False
+
+
 class Iscsi(Spec, frozen=True):
     """A logical unit of an iSCSI target."""
 
@@ -188,6 +194,8 @@ class Iscsi(Spec, frozen=True):
     queue_depth: Annotated[int, Meta(ge=1, le=1024)] = 16
     scheduler: Text = "mq-deadline"
     chap: Chap | None = None
+    ro: bool = False
+    options: IscsiOptions | None = None
     device_id: Annotated[int | None, SERVER] = None
 
 

@@ -6,8 +6,9 @@ import errno
 import os
 
 from imageapi.drivers import holders
-from imageapi.errors import Conflict
-from imageapi.linux import loop, mountinfo, users
+from imageapi.errors import Conflict, Invalid
+from imageapi.linux import blockqueue, loop, mountinfo, users
+from imageapi.records import Facts
 
 
 def marked(prefix: str) -> dict[str, str]:
@@ -26,6 +27,13 @@ def find_loop(mark: str, known: str | None) -> str | None:
     return marked(mark).get(mark)
 
 
+def facts(device: str) -> Facts:
+    """What an attachment has learnt whose device is `device`. `device_id` is the number in its name, as in /dev/rbd0;
+    /dev/sda has none."""
+    number = device.lstrip("/abcdefghijklmnopqrstuvwxyz-")
+    return Facts(device_file=device, device_id=int(number) if number.isdigit() else None)
+
+
 def detach_loop(device: str, name: str | None = None) -> None:
     """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent.
 
@@ -33,6 +41,25 @@ def detach_loop(device: str, name: str | None = None) -> None:
     """
     if not holders.until(lambda: _detached(device, name)):
         raise busy(device)
+
+
+def set_scheduler(device: str, scheduler: str) -> None:
+    """Give a device an I/O scheduler, unless it has it: that takes the kernel some 20 ms, for which the queue stands.
+
+    Raises: errors.Invalid naming those that the kernel has.
+    """
+    name = os.path.basename(device)
+    known = blockqueue.schedulers(name)
+    if known[:1] == [scheduler]:
+        return
+    try:
+        blockqueue.set_scheduler(name, scheduler)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise Invalid(
+            f"this kernel has no I/O scheduler '{scheduler}': it has {', '.join(known)}", path="$.scheduler"
+        ) from None
 
 
 def _detached(device: str, name: str | None) -> bool:

@@ -24,15 +24,21 @@ REFUSED = "refused"
 """The file beside the export that notes that writes were refused."""
 
 
-def attach(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
+NO_SCHEDULER = "none"
+"""What a loop device has, and has again once it is let go: it is anybody's then."""
+
+
+def attach(site: Site, key: Key, source: Source, deadline: Deadline, *, scheduler: str = NO_SCHEDULER) -> str:
     """Open the image and return its block device. Leaves nothing when it fails.
 
-    Raises: what `storage_daemon.export` raises; OSError from the loop device.
+    Raises: what `storage_daemon.export` raises; OSError from the loop device; errors.Invalid for a scheduler that the
+    kernel has not.
     """
     with contextlib.ExitStack() as undo:
         storage_daemon.export(site, key, source, deadline)
         undo.callback(abandon, key, site)
         device = export_loop.attach(site, key, read_only=source.read_only)
+        block.set_scheduler(device, scheduler)
         undo.pop_all()
     return device
 
@@ -52,7 +58,7 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
     if device is not None:
         if not read_only and storage_daemon.standing(site, key):
             _flush(device, storage_daemon.private_path(site, key, REFUSED), hint)
-        block.detach_loop(device)
+        _let_go(device)
     storage_daemon.withdraw(site, key, deadline, expendable=read_only)
 
 
@@ -63,13 +69,19 @@ def abandon(key: Key, site: Site) -> None:
     """
     device = export_loop.find(site, key)
     if device is not None:
-        block.detach_loop(device)
+        _let_go(device)
     storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=True)
 
 
 def observe(key: Key, site: Site) -> str | None:
     """The block device, if all that it stands on is there."""
     return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
+
+
+def _let_go(device: str) -> None:
+    if loop.is_free(device):
+        block.set_scheduler(device, NO_SCHEDULER)
+    block.detach_loop(device)
 
 
 def _flush(device: str, refused: str, hint: str) -> None:

@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 from imageapi.config import Site
 from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descriptor, listens
 from imageapi.errors import Conflict, Problem, Unsupported
-from imageapi.linux import mount, mountinfo
+from imageapi.linux import mount, mountinfo, process
 from imageapi.linux.tree import remove_tree
 from imageapi.records import Key
 from imageapi.spec import COLLECTIONS, Secret
 
 PROGRAM = "qemu-storage-daemon"
 PACKAGES = "qemu-storage-daemon and its block drivers (on Debian: qemu-system-common and qemu-block-extra)"
+FUSE = "/dev/fuse"
 LIMIT = 20
 """The most images of one daemon: its crash takes no more than these."""
 
@@ -56,6 +57,15 @@ class Source(NamedTuple):
     files: Mapping[str, str]
     read_only: bool
     secret_argument: str = "key-secret"
+
+
+def missing() -> str | None:
+    """What keeps a daemon from being used here, and the remedy. Its block drivers are seen only when they are used."""
+    if process.find_program(PROGRAM) is None:
+        return f"install {PACKAGES}"
+    if not os.path.exists(FUSE):
+        return f"there is no {FUSE}; load the module fuse"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- the verbs
@@ -127,6 +137,12 @@ def _killing(daemon: Daemon, key: Key, *, expendable: bool) -> Iterator[None]:
 def known(site: Site, key: Key) -> bool:
     """Whether anything of an export may be there."""
     return os.path.isdir(f"{site.helpers_dir}/{_directory(key)}")
+
+
+def process_of(site: Site, key: Key) -> int | None:
+    """The pid of the daemon that has the image open; None when there is none, or it has ended."""
+    name = _daemon_of(site, key)
+    return None if name is None else Daemon(site, name, -1).pid()
 
 
 def exports(site: Site) -> list[Key]:
@@ -262,19 +278,28 @@ class Daemon:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             _await_end(pidfd, QUIT_TIMEOUT)
 
-    @contextlib.contextmanager
-    def _process(self) -> Iterator[int | None]:
-        """A pidfd of it; None when it has ended. The pid in the file may be another's by now: its command line
-        tells, and is read once the pidfd holds the process."""
+    def pid(self) -> int | None:
+        """Its number; None when it has ended. The one in the file may be another's by now: its command line tells."""
         try:
             with open(f"{self.path}/pid", encoding="ascii") as file:
                 pid = int(file.read())
-            pidfd = os.pidfd_open(pid)
-        except (FileNotFoundError, ValueError, ProcessLookupError):
+        except (FileNotFoundError, ValueError):
+            return None
+        return pid if self._identity[1].encode() in _command_line(pid) else None
+
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[int | None]:
+        """A pidfd of it; None when it has ended. It is looked at again once the pidfd holds the process."""
+        pid = self.pid()
+        try:
+            pidfd = None if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            pidfd = None
+        if pidfd is None:
             yield None
             return
         try:
-            yield pidfd if self._identity[1].encode() in _command_line(pid) else None
+            yield pidfd if self.pid() == pid else None
         finally:
             os.close(pidfd)
 

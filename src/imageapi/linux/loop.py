@@ -194,10 +194,22 @@ def detach(device: str, name: str | None = None) -> None:
 def _wait_until_free(device: str, name: str | None) -> None:
     """LOOP_CLR_FD answers at once, and the device goes when its last opener closes it."""
     deadline = time.monotonic() + _DETACH_SECONDS
-    while (found := status(device)) is not None and name in (None, found.name):
+    while _still_carries(device, name):
         if time.monotonic() > deadline:
             raise OSError(errno.EBUSY, "still open elsewhere; it is detached when the last opener closes it", device)
         time.sleep(0.005)
+
+
+def _still_carries(device: str, name: str | None) -> bool:
+    """Whether `device` is attached, under this name (any, when None). A dead file system has no answer (ENOTCONN), but
+    the device stands on it yet."""
+    try:
+        found = status(device)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return True
+    return found is not None and name in (None, found.name)
 
 
 def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:

@@ -6,18 +6,14 @@ its mark whichever way was taken, so a release needs no more than the record, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
-from imageapi.drivers import exported, storage_daemon
+from imageapi.drivers import block, exported, storage_daemon
 from imageapi.drivers.ceph import daemon, kernel, monitors, options
 from imageapi.errors import Unsupported
-from imageapi.linux import process
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Rbd
-
-FUSE = "/dev/fuse"
 
 
 class Driver:
@@ -27,7 +23,7 @@ class Driver:
         definition: Rbd = record.definition
         options.check(definition)
         acquire = choose(site)
-        return _facts(acquire(record.key, definition, site))
+        return block.facts(acquire(record.key, definition, site))
 
     def release(self, record: AnyRecord, site: Site) -> None:
         kernel.release(record.key, site)
@@ -35,7 +31,7 @@ class Driver:
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = kernel.observe(record.key, site) or exported.observe(record.key, site)
-        return None if device is None else _facts(device)
+        return None if device is None else block.facts(device)
 
     def read_only(self, definition: Rbd) -> bool:
         return options.read_only(definition)
@@ -62,22 +58,8 @@ def choose(site: Site) -> Callable[[Key, Rbd, Site], str]:
         return kernel.acquire
     if site.rbd_backend == "kernel":
         raise Unsupported("this kernel has no rbd driver: load the module rbd, or do without --rbd-backend kernel")
-    missing = _missing()
+    missing = storage_daemon.missing()
     if missing:
         first = "" if site.rbd_backend == "daemon" else "this kernel has no rbd driver to load, and "
         raise Unsupported(f"{first}the storage daemon cannot be used: {missing}")
     return daemon.acquire
-
-
-def _missing() -> str | None:
-    """What keeps the daemon way from working. Its rbd module is seen only when it is used."""
-    if process.find_program(storage_daemon.PROGRAM) is None:
-        return f"install {storage_daemon.PACKAGES}"
-    if not os.path.exists(FUSE):
-        return f"there is no {FUSE}; load the module fuse"
-    return None
-
-
-def _facts(device: str) -> Facts:
-    """`device_id` is the number in the device's name, as for /dev/rbd0."""
-    return Facts(device_file=device, device_id=int(device.lstrip("/abcdefghijklmnopqrstuvwxyz")))

@@ -1,0 +1,79 @@
+"""A logical unit of an iSCSI target as a block device, by the kernel's initiator or by qemu-storage-daemon and a loop
+device.
+
+`--iscsi-backend` decides, and `auto` takes the kernel's initiator where there is one. What was attached is found again
+by its mark whichever way was taken, so a release needs no more than the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from imageapi.config import Site
+from imageapi.drivers import block, exported, storage_daemon
+from imageapi.drivers.iscsi import daemon
+from imageapi.errors import Invalid, Unsupported
+from imageapi.records import AnyRecord, Facts, Key
+from imageapi.spec import Chap, Iscsi
+
+
+class Driver:
+    """The kind `iscsi`."""
+
+    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+        definition: Iscsi = record.definition
+        check(definition)
+        return block.facts(choose(site)(record.key, definition, site))
+
+    def release(self, record: AnyRecord, site: Site) -> None:
+        daemon.release(record.key, record.definition, site)
+
+    def observe(self, record: AnyRecord, site: Site) -> Facts | None:
+        device = exported.observe(record.key, site)
+        return None if device is None else block.facts(device)
+
+    def read_only(self, definition: Iscsi) -> bool:
+        return definition.ro
+
+    def identity(self, definition: Iscsi) -> object:
+        """The logical unit, by whatever portal it is reached: a target's name is the same everywhere (RFC 7143, 4.2.7),
+        in whichever case it is written."""
+        return definition.target.lower(), definition.lun
+
+    def forced(self, definition: Iscsi) -> bool:
+        return definition.options is not None and definition.options.force
+
+    def store(self, definition: Iscsi) -> str:
+        return f"iscsi:{definition.host}:{definition.port}"
+
+
+def choose(site: Site) -> Callable[[Key, Iscsi, Site], str]:
+    """The way logical units are attached here.
+
+    Raises: errors.Unsupported naming what to install or load.
+    """
+    missing = storage_daemon.missing()
+    if missing:
+        raise Unsupported(f"the storage daemon cannot be used: {missing}")
+    return daemon.acquire
+
+
+def check(definition: Iscsi) -> None:
+    """Refuse what contradicts itself.
+
+    Raises: errors.Invalid.
+    """
+    if definition.chap is not None:
+        _check_chap(definition.chap)
+
+
+def _check_chap(chap: Chap) -> None:
+    if bool(chap.mutual_user) != (chap.mutual_secret is not None):
+        absent = "mutual_secret" if chap.mutual_user else "mutual_user"
+        raise Invalid(f"mutual CHAP takes a name and a secret: give {absent} too", path=f"$.chap.{absent}")
+    if chap.mutual_secret == chap.secret:
+        raise Invalid(
+            "the target's secret is the same as the initiator's, so that it could send our own proof back (RFC 7143, "
+            "9.2.1): choose two",
+            path="$.chap.mutual_secret",
+        )

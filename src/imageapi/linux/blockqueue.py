@@ -1,0 +1,63 @@
+"""How a block device takes its requests, through sysfs (Documentation/ABI/stable/sysfs-block). Devices are named as
+there: `sda`, `loop3`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+BLKROSET = 0x125D
+FEWEST_REQUESTS = 4
+"""The kernel makes a smaller number this one (BLKDEV_MIN_RQ)."""
+
+
+def schedulers(name: str) -> list[str]:
+    """The I/O schedulers that the device can have; the one it has comes first."""
+    words = _read(f"/sys/block/{name}/queue/scheduler").split()
+    return sorted((word.strip("[]") for word in words), key=lambda word: f"[{word}]" not in words)
+
+
+def set_scheduler(name: str, scheduler: str) -> None:
+    """Give the device an I/O scheduler; its module is loaded if need be. The queue stands still meanwhile.
+
+    Raises: OSError(EINVAL) when the kernel has none of this name.
+    """
+    _write(f"/sys/block/{name}/queue/scheduler", scheduler)
+
+
+def set_requests(name: str, number: int) -> None:
+    """How many requests may be under way or waiting in the scheduler at once.
+
+    Raises: OSError(EINVAL).
+    """
+    _write(f"/sys/block/{name}/queue/nr_requests", str(number))
+
+
+def set_read_only(device: str) -> None:
+    """Have the kernel refuse writes to a device (BLKROSET, ioctl_list(2)), whoever opens it.
+
+    Raises: OSError.
+    """
+    fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, BLKROSET, (1).to_bytes(4, "little"))
+    finally:
+        os.close(fd)
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().rstrip("\n")
+
+
+def _write(path: str, text: str) -> None:
+    """One write(2), whose error names the file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
