@@ -37,6 +37,7 @@ SAID: list[tuple[list[str], dict[str, str], dict[str, Any]]] = [
     (["--first-id=1", "--insecure-http"], {}, {"first_id": 1, "insecure_http": True}),
     (["--allowed-host=a", "--allowed-host", "b"], {}, {"allowed_hosts": ("a", "b")}),
     (["--rbd-backend=daemon", "--log-level=debug"], {}, {"rbd_backend": "daemon", "log_level": 10}),
+    (["--iscsi-backend=kernel"], {}, {"iscsi_backend": "kernel"}),
     ([], {"HOST": "127.0.0.1", "PORT": "90", "IMAGEAPI_LOGLEVEL": "TRACE"},
      {"host": "127.0.0.1", "port": 90, "log_level": 5}),
     (["--host=localhost", "--port=1", "--log-level=WARN"], {"HOST": "a", "PORT": "x", "IMAGEAPI_LOGLEVEL": "y"},
