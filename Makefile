@@ -14,8 +14,8 @@ DEMO_PACKAGES := busybox-static curl jq mmdebstrap mount procps squashfs-tools u
 # The guest lab: a small Debian with a stock kernel, made of the machine's own package sources, under QEMU.
 LAB_PACKAGES := cpio erofs-utils iproute2 mmdebstrap qemu-system-x86 socat util-linux busybox-static
 # What the tests run: a Ceph of their own, the storage daemon, makers of file systems, a compiler for odd binaries.
-TEST_PACKAGES := $(DEMO_PACKAGES) ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc git iproute2 \
-	libc6-dev openssl qemu-block-extra qemu-system-common strace sudo tgt xfsprogs $(LAB_PACKAGES)
+TEST_PACKAGES := $(DEMO_PACKAGES) btrfs-progs ceph-common ceph-mon ceph-osd e2fsprogs erofs-utils gcc git \
+	iproute2 libc6-dev openssl qemu-block-extra qemu-system-common strace sudo tgt xfsprogs $(LAB_PACKAGES)
 
 # What the benchmark runs: whom it measures the service against, and what it makes programs and images with.
 BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6-dev mmdebstrap mount podman procps \

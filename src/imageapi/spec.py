@@ -147,6 +147,7 @@ class Rbd(Spec, frozen=True):
     image: Text
     snapshot: str | None = None
     options: RbdOptions = RbdOptions()
+    readPartitions: bool = False
     device_id: Annotated[int | None, SERVER] = None
 
 
@@ -165,6 +166,7 @@ class Local(Spec, frozen=True):
 
     path: Path
     ro: bool = False
+    readPartitions: bool = False
 
 
 class Chap(Spec, frozen=True):
@@ -196,6 +198,7 @@ class Iscsi(Spec, frozen=True):
     chap: Chap | None = None
     ro: bool = False
     options: IscsiOptions | None = None
+    readPartitions: bool = False
     device_id: Annotated[int | None, SERVER] = None
 
 
@@ -219,11 +222,13 @@ class Attachment(Spec, frozen=True):
 
 
 class Attach(Spec, frozen=True):
-    """A file system on an attachment. The type is always given, never guessed."""
+    """A file system on an attachment, or on the partition of one that has this number. The type is always given, never
+    guessed."""
 
     attach: Attachment
     fs_type: Text
     mount_options: list[str] = []
+    partition: Annotated[int, Meta(ge=1, le=128)] | None = None
     kind: str | None = None
 
 

@@ -98,11 +98,13 @@ class Bench:
         definition = Loopback(path, "mount", Mount(id=mount.id), **options)
         return self.plan(Attachment(kind="loopback", loopback=definition), mount)
 
-    def local(self, path: str, *, ro: bool = False) -> Made:
-        return self.plan(Attachment(kind="local", local=Local(path, ro)))
+    def local(self, path: str, **options: Any) -> Made:
+        return self.plan(Attachment(kind="local", local=Local(path, **options)))
 
-    def attach(self, on: AnyRecord, fs_type: str = "squashfs", options: list[str] | None = None) -> Made:
-        definition = Attach(Attachment(id=on.id), fs_type, options or [])
+    def attach(
+        self, on: AnyRecord, fs_type: str = "squashfs", options: list[str] | None = None, partition: int | None = None
+    ) -> Made:
+        definition = Attach(Attachment(id=on.id), fs_type, options or [], partition)
         return self.plan(Mount(kind="attach", attach=definition), on)
 
     def overlay(self, *lower: AnyRecord, upper: AnyRecord | None = None, **options: Any) -> Made:
@@ -193,8 +195,9 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
     "overlay over an overlay": lambda bench: bench.overlay(bench.layered()),
     "overlay, read-only": lambda bench: bench.overlay(bench.mounted(), bench.mounted("erofs"), ro=True),
     "overlay of one, read-only": lambda bench: bench.overlay(bench.mounted(), ro=True),
-    "overlay on a disk": lambda bench: bench.overlay(bench.mounted(), upper=bench.disk(), upper_path="/a/b"),
-    "overlay on a disk, volatile": lambda bench: bench.overlay(bench.mounted(), upper=bench.disk(), volatile=True),
+    "overlay on a disk": lambda bench: bench.overlay(
+        bench.mounted(), upper=bench.disk(), upper_path="/a/b", volatile=True
+    ),
     "tmpfs": lambda bench: bench.tmpfs(),
     "bind": lambda bench: bench.bind("/etc", ro=True),
     "bind in a mount": lambda bench: bench.bind_inside(bench.layered(), "/data"),

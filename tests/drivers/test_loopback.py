@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,10 @@ from imageapi.linux import loop, mount
 from imageapi.records import AnyRecord
 from lab import images
 from lab.elsewhere import mount_namespace
+from lab.partitions import add_partition
 from tools.images import Format
 
 pytestmark = pytest.mark.kernel
-BLKPG = 0x1269
-BLKPG_ADD_PARTITION = 1
 LOOP_SET_STATUS64 = 0x4C04
 
 
@@ -77,9 +74,18 @@ def test_a_file_on_a_read_only_file_system_is_attached_read_only(bench: Bench, r
     assert record.facts.detail["read_only"] is True
 
 
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_the_block_is_what_a_partition_table_counts_in(bench: Bench, run_dir: Path, sector: int) -> None:
+    """The table of a disk with large sectors is not seen on one with small ones, nor the other way round."""
+    image = run_dir / "disk"
+    image.write_bytes(bytes(sector) + b"EFI PART".ljust(1 << 20, b"\0"))
+    record = bench.acquire(bench.loopback(path=str(image), readPartitions=True))
+    assert logical_block(device_of(record)) == sector
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_partitions_are_scanned_when_asked_for(bench: Bench, wanted: bool) -> None:
-    """Which kinds of table are known is the kernel's affair. All of them count in 512 bytes."""
+    """Which kinds of table are known is the kernel's affair."""
     device = device_of(bench.acquire(bench.loopback(readPartitions=wanted)))
     assert Path(f"/sys/block/{os.path.basename(device)}/loop/partscan").read_text() == f"{int(wanted)}\n"
     assert logical_block(device) == (512 if wanted else 4096)
@@ -98,15 +104,6 @@ def test_a_partition_in_use_keeps_the_device(bench: Bench, run_dir: Path) -> Non
         os.close(user)
     bench.release(record)
     assert bench.observe(record) is None
-
-
-def add_partition(device: str, start: int, length: int) -> str:
-    """Partition 1 of `device`, at these bytes, as BLKPG of <linux/blkpg.h> adds one without a table."""
-    partition = ctypes.create_string_buffer(struct.pack("=qqi128x4x", start, length, 1))
-    request = struct.pack("@iiiP", BLKPG_ADD_PARTITION, 0, len(partition), ctypes.addressof(partition))
-    with open(device, "rb") as whole:
-        fcntl.ioctl(whole, BLKPG, request)
-    return f"{device}p1"
 
 
 def test_a_path_in_a_mount_never_leads_out_of_it(bench: Bench, run_dir: Path) -> None:

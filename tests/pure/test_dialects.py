@@ -385,7 +385,7 @@ def _needs(record: AnyRecord) -> dict[str, Any]:
 def test_the_flat_form_has_plain_ids() -> None:
     graph, planned = _made(container(overlay(on(rbd()))))
     attachment, mount, top, box = (graph.picture(record.key) for record in planned.steps)
-    assert views.flat(attachment, "rbd") == {"id": 0, **RBD, "refs": 1}
+    assert views.flat(attachment, "rbd") == {"id": 0, **RBD, "readPartitions": False, "refs": 1}
     flat = {"id": 0, "fs_type": "squashfs", "mount_options": [], "refs": 1}
     assert views.flat(mount, "rbd") == {**flat, "rbd_id": 0}
     assert views.flat(mount, "attach") == {**flat, "attach": 0}

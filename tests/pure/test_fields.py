@@ -40,20 +40,23 @@ class Line:
 
 TABLE = [
     Line("attach", "rbd", {"monitors": ["10.0.0.1", "[::1]:3300"], "pool": "p", "image": "i"},
-         {"snapshot": "s", "options": OPTIONS}, {"options": {}}),
+         {"snapshot": "s", "options": OPTIONS, "readPartitions": True}, {"options": {}, "readPartitions": False}),
     Line("attach", "loopback", {"path": "/a", "base": "root"}, {"readPartitions": True, "ro": True},
          {"readPartitions": False, "ro": False}),
     Line("attach", "loopback", {"path": "a", "base": "mount", "mount": 7}, {"ro": True},
          {"readPartitions": False, "ro": False}),
-    Line("attach", "local", {"path": "/dev/sda"}, {"ro": True}, {"ro": False}),
+    Line("attach", "local", {"path": "/dev/sda"}, {"ro": True, "readPartitions": True},
+         {"ro": False, "readPartitions": False}),
     Line("attach", "iscsi", {"initiator": "iqn.a", "target": "iqn.b", "host": "h"},
-         {"lun": 1, "port": 3261, "max_comands": 64, "queue_depth": 8, "scheduler": "none",
+         {"lun": 1, "readPartitions": True, "port": 3261, "max_comands": 64, "queue_depth": 8, "scheduler": "none",
           "chap": {"user": "u", "secret": "s", "mutual_user": "m", "mutual_secret": "t"}, "ro": True,
           "options": {"force": True}},
-         {"lun": 0, "port": 3260, "max_comands": 128, "queue_depth": 16, "scheduler": "mq-deadline", "ro": False}),
-    Line("mount", "attach", {"attach": 3, "fs_type": "ext4"}, {"mount_options": ["ro", "noatime"]},
+         {"lun": 0, "readPartitions": False, "port": 3260, "max_comands": 128, "queue_depth": 16,
+          "scheduler": "mq-deadline", "ro": False}),
+    Line("mount", "attach", {"attach": 3, "fs_type": "ext4"}, {"partition": 2, "mount_options": ["ro", "noatime"]},
          {"mount_options": []}),
-    Line("mount", "rbd", {"rbd_id": 3, "fs_type": "ext4"}, {"mount_options": ["ro", "noatime"]}, {"mount_options": []}),
+    Line("mount", "rbd", {"rbd_id": 3, "fs_type": "ext4"}, {"partition": 2, "mount_options": ["ro", "noatime"]},
+         {"mount_options": []}),
     Line("mount", "overlay", {"lower": [2, 0, 1]}, {"upper": 7, "upper_path": "/a", "options": LAYERS}, {"ro": False}),
     Line("mount", "overlay", {"lower": [2, 0, 1]}, {"ro": True}, {"ro": False}),
     Line("mount", "tmpfs", {"size": "2G"}, {}),
@@ -143,7 +146,7 @@ def test_what_the_server_sets_is_ignored_whatever_it_is(line: Line) -> None:
 def test_every_option_of_an_image_by_itself(option: str) -> None:
     line = TABLE[0]
     body = {**line.required, "options": {option: OPTIONS[option]}}
-    assert shown(line, body) == body
+    assert shown(line, body) == {**line.default, **body}
     problem = refuse(line, {**line.required, "options": {option: [1]}})
     assert problem.fields["path"] == f"$.options.{option}"
 

@@ -282,7 +282,7 @@ def _kind_of(raw: Raw, kinds: dict[str, Any], own: str) -> str:
 
 def _check_flat(raw: Raw, kind: str, own: str, id_field: str) -> None:
     """Raises: errors.Invalid for what the flat object of an attach-mount cannot have, or lacks."""
-    known = ["fs_type", "mount_options", "kind", kind, id_field]
+    known = [*(name for name in Attach.__struct_fields__ if name != "attach"), kind, id_field]
     if (named := _named_kind(raw, own) or kind) != kind:
         raise Invalid(f"this is the mount of an attachment of kind {kind}, not '{named}'", path=f"{own}.kind")
     if id_field not in raw and kind not in raw:

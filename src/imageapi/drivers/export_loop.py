@@ -20,8 +20,8 @@ NOTE = "loop"
 """The file beside the export: `loop3 41`, the device and its sequence number."""
 
 
-def attach(site: Site, key: Key, *, read_only: bool) -> str:
-    """Put a loop device on the exported file and return its path.
+def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -> str:
+    """Put a loop device on the exported file and return its path; have its partition table read, if it is to be.
 
     One that can be written is not told to go past the page cache: then the kernel sends one write after another.
     Several at once QEMU mixes up before 10.1: while it carries one out it reads the next into the same buffer, which
@@ -31,7 +31,8 @@ def attach(site: Site, key: Key, *, read_only: bool) -> str:
     """
     file = os.open(export_path(site, key), (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        device, _ = loop.attach(file, site.mark(key), read_only=read_only, direct_io=read_only)
+        mark = site.mark(key)
+        device, _ = loop.attach(file, mark, read_only=read_only, direct_io=read_only, partitions=partitions)
     finally:
         os.close(file)
     name = os.path.basename(device)

@@ -28,8 +28,11 @@ NO_SCHEDULER = "none"
 """What a loop device has, and has again once it is let go: it is anybody's then."""
 
 
-def attach(site: Site, key: Key, source: Source, deadline: Deadline, *, scheduler: str = NO_SCHEDULER) -> str:
-    """Open the image and return its block device. Leaves nothing when it fails.
+def attach(
+    site: Site, key: Key, source: Source, deadline: Deadline, *, scheduler: str = NO_SCHEDULER, partitions: bool = False
+) -> str:
+    """Open the image and return its block device; `partitions`: have the kernel read its partition table. Leaves
+    nothing when it fails.
 
     Raises: what `storage_daemon.export` raises; OSError from the loop device; errors.Invalid for a scheduler that the
     kernel has not.
@@ -37,7 +40,7 @@ def attach(site: Site, key: Key, source: Source, deadline: Deadline, *, schedule
     with contextlib.ExitStack() as undo:
         storage_daemon.export(site, key, source, deadline)
         undo.callback(abandon, key, site)
-        device = export_loop.attach(site, key, read_only=source.read_only)
+        device = export_loop.attach(site, key, read_only=source.read_only, partitions=partitions)
         block.set_scheduler(device, scheduler)
         undo.pop_all()
     return device

@@ -57,8 +57,8 @@ def read(options: Sequence[str], table: Mapping[str, Option], what: str, field: 
 
 
 def check(each: Given, table: Mapping[str, Option], what: str) -> None:
-    """Raises: errors.Invalid, when the table has no such option, or not with this value."""
-    option = table.get(each.name)
+    """Raises: errors.Invalid, when the table has no such option, or not with this value. Its option `*` is any."""
+    option = table.get(each.name, table.get("*"))
     if option is None:
         _refuse(each, f"{what} has no such option{_meant(each.name, table)}")
     elif option.refused:

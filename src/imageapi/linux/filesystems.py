@@ -7,6 +7,9 @@ import os
 
 from imageapi.linux import mount
 
+NEVER_WRITTEN = frozenset({"cramfs", "erofs", "iso9660", "romfs", "squashfs"})
+"""Types that are made whole and then only read. The driver of some of them refuses to be mounted read-write."""
+
 _seen: dict[str, bool] = {}
 """What `needs_device` has found. A module that is unloaded is loaded again by the kernel when it is needed."""
 

@@ -92,9 +92,9 @@ _OTHERS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"LUKS\xba\xbe", "a LUKS volume: open it with cryptsetup and attach the result"),
     (257, b"ustar", "a tar archive"),
     (512, b"LABELONE", "an LVM physical volume: attach the logical volume"),
-    (512, b"EFI PART", "a partition table: mount one of its partitions"),
+    (512, b"EFI PART", "a partition table: give the number of a partition as 'partition'"),
     (4086, b"SWAPSPACE2", "swap space"),
-    (510, b"\x55\xaa", "a partition table: mount one of its partitions"),
+    (510, b"\x55\xaa", "a partition table: give the number of a partition as 'partition'"),
     (0, b"<!DOCTYPE", "a web page, not what it links to"),
     (0, b"<!doctype", "a web page, not what it links to"),
     (0, b"<html", "a web page, not what it links to"),
@@ -115,6 +115,13 @@ def identify(fd: int) -> tuple[str, int] | None:
 def _size(fd: int, probe: _Probe) -> int | None:
     block = os.pread(fd, probe.length, probe.offset)
     return probe.size(block) if len(block) == probe.length else None
+
+
+def table_block(fd: int) -> int:
+    """The sector, in bytes, that a partition table on `fd` counts in: nearly always 512, but a GPT says so by where its
+    header is (UEFI, "GPT Header": the second sector)."""
+    small, large = os.pread(fd, 8, 512), os.pread(fd, 8, 4096)
+    return 4096 if large == b"EFI PART" and small != large else SECTOR
 
 
 def block_size(fd: int) -> int:

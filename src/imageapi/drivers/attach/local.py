@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 
 from imageapi.config import Site
+from imageapi.drivers import partitions
 from imageapi.drivers.base import LocalDriver
 from imageapi.errors import Invalid
 from imageapi.records import AnyRecord, Facts
@@ -20,6 +21,8 @@ class Driver(LocalDriver):
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Local = record.definition
         _check_medium(definition.path)
+        if definition.readPartitions:
+            partitions.have_read(definition.path)
         return Facts(device_file=definition.path, detail={"rdev": _number(definition.path)})
 
     def release(self, record: AnyRecord, site: Site) -> None:

@@ -91,7 +91,7 @@ def _open(path: int, *, read_only: bool) -> tuple[int, bool]:
 def attach(file: int, mark: str, definition: Loopback, *, read_only: bool) -> tuple[str, loop.Status]:
     """The open `file` on a free loop device that carries our mark. Raises: errors.Unsupported; OSError."""
     partitions = definition.readPartitions
-    block_size = superblock.SECTOR if partitions else superblock.block_size(file)
+    block_size = superblock.table_block(file) if partitions else superblock.block_size(file)
     try:
         return loop.attach(file, mark, read_only=read_only, block_size=block_size, partitions=partitions)
     except OSError as error:

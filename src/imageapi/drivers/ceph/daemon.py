@@ -34,7 +34,7 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     release(key, definition, site)
     wanted = source(key, definition, site)
     with _explained(definition):
-        return exported.attach(site, key, wanted, deadline)
+        return exported.attach(site, key, wanted, deadline, partitions=definition.readPartitions)
 
 
 def release(key: Key, definition: Rbd, site: Site) -> None:

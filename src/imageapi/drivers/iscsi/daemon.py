@@ -35,7 +35,9 @@ def acquire(key: Key, definition: Iscsi, site: Site) -> str:
     release(key, definition, site)
     wanted = source(key, definition, portals.reach(definition, deadline)[0])
     with _explained(definition):
-        return exported.attach(site, key, wanted, deadline, scheduler=definition.scheduler)
+        return exported.attach(
+            site, key, wanted, deadline, scheduler=definition.scheduler, partitions=definition.readPartitions
+        )
 
 
 def release(key: Key, definition: Iscsi, site: Site) -> None:

@@ -7,16 +7,20 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
 
 from imageapi import spec
 from imageapi.config import Site
-from imageapi.drivers import holders, mounts
+from imageapi.drivers import holders, mounts, partitions
 from imageapi.drivers.base import LocalDriver, driver
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
 from imageapi.linux import filesystems, kmsg, loop, mount, mountinfo, superblock, users
 from imageapi.linux.mountinfo import Mount
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Attach
+
+if TYPE_CHECKING:
+    from imageapi.drivers.mount_options import Given
 
 BLKROGET = 0x125E
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -26,23 +30,12 @@ class Driver(LocalDriver):
     """The kind `attach`. Device nodes in the image mean nothing (nodev); what is attached read-only is mounted so."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
-        definition: Attach = record.definition
-        [on] = inputs
-        device = on.facts.device_file
-        if device is None:
-            raise Invalid(f"{on.key} has no block device", path="$.attach")
-        _check_type(definition.fs_type)
-        flags, data = mount.split_options(definition.mount_options)
-        if definition.fs_type not in superblock.CHECKED_BY_KERNEL:
-            _check_content(device, definition.fs_type)
-        read_only = driver("attach", on.kind).read_only(on.definition) or _is_read_only(device)
-        staging = 0 if flags & mount.MS_NOSUID else mount.MOUNT_ATTR_NOSUID
-        flags |= mount.MS_NODEV | mount.MS_NOSUID | mount.MS_RDONLY * read_only
+        wanted = _wanted(record.definition, inputs[0])
         with ExitStack() as undo:
             path = mounts.make_directory(undo, site.mountpoint(record.token))
-            _mount(device, path, definition, flags, data)
+            _mount(wanted, path)
             undo.callback(mount.umount, path)
-            detail = {**mounts.made(record, site), "device": device, "staging": staging}
+            detail = {**mounts.made(record, site), "device": wanted.device, "staging": wanted.staging}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 
@@ -56,12 +49,13 @@ class Driver(LocalDriver):
         return mounts.observe(record, site, lambda found: _facts(site.mountpoint(record.token), found))
 
     def read_only(self, definition: Attach) -> bool:
-        """A reference says nothing of its attachment: then only the options count."""
+        """A reference says nothing of its attachment: then only type and options count."""
         flags, _ = mount.split_options(definition.mount_options)
         below = spec.definition(definition.attach)
         kind = definition.attach.kind
         on_read_only = kind is not None and below is not None and driver("attach", kind).read_only(below)
-        return on_read_only or bool(flags & mount.MS_RDONLY)
+        never = definition.fs_type in filesystems.NEVER_WRITTEN
+        return never or on_read_only or bool(flags & mount.MS_RDONLY)
 
 
 def _facts(path: str, found: Mount) -> Facts:
@@ -71,14 +65,60 @@ def _facts(path: str, found: Mount) -> Facts:
 # --------------------------------------------------------------------------------------------- before the mount
 
 
+class _Wanted(NamedTuple):
+    """A mount that is asked for: MS_ flags, those of its MOUNT_ATTR_* that are for staging alone, and the file system's
+    own options."""
+
+    device: str
+    fs_type: str
+    flags: int
+    staging: int
+    options: list[Given]
+
+    @property
+    def data(self) -> str:
+        return ",".join(map(str, self.options))
+
+
+def _wanted(definition: Attach, on: AnyRecord) -> _Wanted:
+    """Raises: errors.Problem for what can be seen to fail."""
+    if on.facts.device_file is None:
+        raise Invalid(f"{on.key} has no block device", path="$.attach")
+    _check_type(definition.fs_type)
+    flags, options = _read_options(definition)
+    device = on.facts.device_file
+    if definition.partition is not None:
+        device = partitions.find(device, definition.partition)
+    if definition.fs_type not in superblock.CHECKED_BY_KERNEL:
+        _check_content(device, definition.fs_type)
+    never = definition.fs_type in filesystems.NEVER_WRITTEN
+    read_only = never or driver("attach", on.kind).read_only(on.definition) or _is_read_only(device)
+    staging = 0 if flags & mount.MS_NOSUID else mount.MOUNT_ATTR_NOSUID
+    flags |= mount.MS_NODEV | mount.MS_NOSUID | mount.MS_RDONLY * read_only
+    return _Wanted(device, definition.fs_type, flags, staging, options)
+
+
 def _check_type(fs_type: str) -> None:
     needs = filesystems.needs_device(fs_type)
     if needs is None:
+        known = ", ".join(sorted(name for name, on_device in filesystems.known().items() if on_device))
         raise Unsupported(
-            f"this kernel has no file system '{fs_type}'; 'modprobe {fs_type}' must succeed", path="$.fs_type"
+            f"this kernel has no file system '{fs_type}', nor a module of it: 'modprobe {fs_type}' must succeed; at "
+            f"present it has {known}",
+            path="$.fs_type",
         )
     if not needs:
         raise Invalid(f"'{fs_type}' is no file system of block devices", path="$.fs_type")
+
+
+def _read_options(definition: Attach) -> tuple[int, list[Given]]:
+    """The MS_ flags and the file system's own options. Raises: errors.Invalid for one that it does not have."""
+    if not definition.mount_options:
+        return 0, []
+    from imageapi.drivers import filesystem_options, mount_options
+
+    table = filesystem_options.table(definition.fs_type)
+    return mount_options.read(definition.mount_options, table, definition.fs_type, "$.mount_options")
 
 
 def _check_content(device: str, fs_type: str) -> None:
@@ -103,22 +143,21 @@ def _is_read_only(device: str) -> bool:
 # -------------------------------------------------------------------------------------------------- the mount
 
 
-def _mount(device: str, path: str, definition: Attach, flags: int, data: list[str]) -> None:
+def _mount(wanted: _Wanted, path: str) -> None:
     try:
-        mount.mount(device, path, definition.fs_type, flags, ",".join(data))
+        mount.mount(wanted.device, path, wanted.fs_type, wanted.flags, wanted.data)
     except OSError:
-        _check_content(device, definition.fs_type)
-        _mount_again(device, path, definition, flags, data)
+        _check_content(wanted.device, wanted.fs_type)
+        _mount_again(wanted, path)
 
 
-def _mount_again(device: str, path: str, definition: Attach, flags: int, data: list[str]) -> None:
+def _mount_again(wanted: _Wanted, path: str) -> None:
     """The same, with an ear to what the kernel says of it: listening costs half as much as a mount."""
     with kmsg.Tail() as log:
         try:
-            mount.mount(device, path, definition.fs_type, flags, ",".join(data))
+            mount.mount(wanted.device, path, wanted.fs_type, wanted.flags, wanted.data)
         except OSError as error:
-            words = log.about(os.path.basename(device))
-            refused = _refusal(error, device, definition, flags, data, words)
+            refused = _refusal(error, wanted, log.about(os.path.basename(wanted.device)))
             if refused is None:
                 raise
             raise refused from None
@@ -127,35 +166,31 @@ def _mount_again(device: str, path: str, definition: Attach, flags: int, data: l
 _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EILSEQ, errno.ERANGE)
 
 
-def _refusal(
-    error: OSError, device: str, definition: Attach, flags: int, data: list[str], words: str
-) -> Problem | None:
+def _refusal(error: OSError, wanted: _Wanted, words: str) -> Problem | None:
     """What the kernel's refusal means, or None when it says all there is to say."""
-    fs_type, name = definition.fs_type, errno.errorcode.get(error.errno or 0, "")
+    fs_type, device = wanted.fs_type, wanted.device
+    fields = {"errno": errno.errorcode.get(error.errno or 0, ""), "detail": words}
     match error.errno:
+        case errno.EINVAL | errno.EEXIST if "duplicate UUID" in words or error.errno == errno.EEXIST:
+            remedy = "with the option nouuid they stand side by side" if fs_type == "xfs" else "delete that mount first"
+            sentence = f"a copy of the {fs_type} file system on {device}, with the same UUID, is mounted already"
+            return Conflict(f"{sentence}; {remedy}", **fields)
         case errno.EINVAL:
-            return _refused_options(device, definition, flags, data, words)
+            return _refused_options(wanted, words)
         case errno.EBUSY:
-            return Conflict(
-                f"{device} is mounted with other options already, or held by another program",
-                holders=_mounted_at(device),
-                errno=name,
-            )
+            sentence = f"{device} is mounted with other options already, or held by another program"
+            return Conflict(sentence, holders=_mounted_at(device), **fields)
         case errno.EROFS | errno.EACCES:
             return Invalid(
                 f"the {fs_type} file system must be repaired before it is mounted, and {device} is read-only: attach "
-                "it read-write once, or give the option that leaves its journal alone (ext4: noload, xfs: norecovery)",
+                "it read-write once, or give the option that leaves its journal alone (ext4: noload, xfs: norecovery, "
+                "btrfs: rescue=nologreplay)",
                 path="$.mount_options",
-                errno=name,
-                detail=words,
+                **fields,
             )
         case number if number in _DAMAGED:
-            return Invalid(
-                f"the {fs_type} file system on {device} is damaged; look at it with fsck, or make the image again",
-                path="$.attach",
-                errno=name,
-                detail=words,
-            )
+            sentence = f"the {fs_type} file system on {device} is damaged; check it with fsck, or make the image again"
+            return Invalid(sentence, path="$.attach", **fields)
     return None
 
 
@@ -163,18 +198,17 @@ def _mounted_at(device: str) -> list[str]:
     return [f"the mount at {each.mountpoint}" for each in mountinfo.read(mention=device) if each.source == device]
 
 
-def _refused_options(device: str, definition: Attach, flags: int, data: list[str], words: str) -> Problem:
-    pairs = (option.partition("=") for option in data)
-    asked: dict[str, str | None] = {"ro": None} if flags & mount.MS_RDONLY else {}
-    asked |= {key: value if equals else None for key, equals, value in pairs}
-    words = mount.explain(definition.fs_type, device, asked) or words
-    for at, option in enumerate(definition.mount_options):
-        key = option.partition("=")[0]
-        if f"'{key}'" in words or f"option {key}" in words:
-            path = f"$.mount_options[{at}]"
-            return Invalid(f"{definition.fs_type} refuses the option '{option}': {words}", path=path, detail=words)
-    sentence = f"the kernel does not mount {device} as {definition.fs_type}: {words or 'it gives no reason'}"
-    return Invalid(sentence, detail=words, errno="EINVAL")
+def _refused_options(wanted: _Wanted, words: str) -> Problem:
+    asked: dict[str, str | None] = {"ro": None} if wanted.flags & mount.MS_RDONLY else {}
+    asked |= {each.name: each.value for each in wanted.options}
+    words = mount.explain(wanted.fs_type, wanted.device, asked) or words
+    fields = {"errno": "EINVAL", "detail": words}
+    for each in wanted.options:
+        if f"'{each.name}'" in words or f"option {each.name}" in words:
+            sentence = f"{wanted.fs_type} refuses the option '{each}': {words}"
+            return Invalid(sentence, path=each.path, **fields)
+    sentence = f"the kernel does not mount {wanted.device} as {wanted.fs_type}: {words or 'it gives no reason'}"
+    return Invalid(sentence, **fields)
 
 
 # -------------------------------------------------------------------------------------------------- the release
