@@ -54,12 +54,13 @@ def test_what_a_create_and_a_delete_of_a_nest_ask_of_a_worker(server: Server, tm
 
 
 def test_how_often_a_request_writes(server: Server, tmp_path: Path) -> None:
-    """Each of four records twice, as intent and as done; then one that says that it goes, and the ids to come."""
+    """Each of four records twice, as intent and as done; then one that says that it goes, and the ids to come. What a
+    start is told in the form of descriptors, where its root is, is opened as well."""
     warm(server)
     with counted([server.pid], tmp_path / "create") as create:
         made = server.post("/container", box(BRIEF))
         server.await_state(made["id"], "exited")
-    assert create["openat"] == 4 + 4 + 1, create  # and the end of the container
+    assert create["openat"] == 4 + 4 + 1 + 2, create  # and the end of the container
     with counted([server.pid], tmp_path / "delete") as delete:
         server.delete(f"/container/{made['id']}")
     assert (delete["openat"], delete["unlink"]) == (2 + 1, 4), delete  # and the last line of the log

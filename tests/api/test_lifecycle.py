@@ -72,6 +72,14 @@ def test_a_read_only_image_is_shared_by_nested_requests(server: Server) -> None:
     assert server.everything() == []
 
 
+def test_any_number_of_containers_stands_on_one_mount(server: Server) -> None:
+    mount = server.post("/mount", writable())
+    for number in range(12):
+        made = server.post("/container", {"mount": {"id": mount["id"]}, "command": FOREVER})
+        assert (made["id"], made["state"]) == (number, "created")
+    assert server.get(f"/mount/{mount['id']}")["refs"] == 13
+
+
 def test_ids_are_counted_from_zero_and_not_used_again(server: Server) -> None:
     assert [server.post("/mount", squashfs())["id"] for _ in range(2)] == [0, 1]
     server.delete("/mount/1")

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -20,8 +21,6 @@ from typing import Any, TypeVar
 from imageapi.config import Site
 from imageapi.drivers import block
 from imageapi.linux import loop
-from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
-from imageapi.linux.mount import MS_PRIVATE, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, mount_setattr, open_tree
 from imageapi.records import Key
 from imageapi.runtime import supervisor
 from imageapi.runtime.client import Supervisor
@@ -30,6 +29,8 @@ from imageapi.runtime.protocol import Ended, Life, Start, Started
 PATIENCE = 20.0
 """Seconds until what should happen is given up."""
 T = TypeVar("T")
+_OURS = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d (init|container\(\d+\)): ")
+"""How a line of the log begins that is not the container's own."""
 
 
 def eventually(condition: Callable[[], T], what: str) -> T:
@@ -84,21 +85,19 @@ class Supervised:
     def begin(self, *argv: str, container: int = 0, root: Path | None = None, **more: Any) -> asyncio.Task[Started]:
         """Ask for a start; it is under way when this returns."""
         attempt = self._attempts[container] = self._attempts.get(container, 0) + 1
+        root = root or self.root
         order = Start(
             id=container,
             attempt=attempt,
+            root=root.name,
             argv=list(argv),
             logfile=f"{container}.log",
             mark=self.site.mark(Key("container", container)),
             **more,
         )
-        task = self._loop.create_task(self._start(order, root or self.root))
+        task = self._loop.create_task(self.client.start(order, str(root.parent)))
         self._loop.run_until_complete(asyncio.sleep(0.001))
         return task
-
-    async def _start(self, order: Start, root: Path) -> Started:
-        with tree(root) as descriptor:
-            return await self.client.start(order, descriptor)
 
     def shell(self, script: str, **more: Any) -> Started:
         """Run a script in the image's shell."""
@@ -167,7 +166,7 @@ class Supervised:
     def printed(self, container: int = 0) -> str:
         """What the container itself has printed."""
         lines = self.log(container).splitlines(keepends=True)
-        return "".join(line for line in lines if " init: " not in line)
+        return "".join(line for line in lines if not _OURS.match(line))
 
     # ------------------------------------------------------------------------------------------- the supervisor
 
@@ -226,17 +225,6 @@ def _ended(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor)
     return bool(poll.poll(0))
-
-
-@contextlib.contextmanager
-def tree(path: Path) -> Iterator[int]:
-    """A private, detached copy of what is mounted at `path`."""
-    descriptor = open_tree(AT_FDCWD, str(path), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE)
-    try:
-        mount_setattr(descriptor, "", propagation=MS_PRIVATE, recursive=True)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

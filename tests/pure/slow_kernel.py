@@ -11,7 +11,6 @@ from typing import Any
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.engine.pool import Chain, Job, Pool
-from imageapi.engine.worker import Descriptor
 from imageapi.errors import NotFound, TimedOut
 from imageapi.records import Facts, Key
 from imageapi.runtime.protocol import Start, Started
@@ -75,9 +74,7 @@ class SlowKernel(Pool):
         else:
             job.result.set_result(self._perform(*_step(job)))
 
-    def _perform(self, verb: str, key: Key) -> Facts | Descriptor | None:
-        if verb == "open_root":
-            return Descriptor(os.open("/", os.O_PATH))
+    def _perform(self, verb: str, key: Key) -> Facts | None:
         if verb == "acquire":
             self.standing.add(key)
         elif verb == "release":
@@ -102,7 +99,7 @@ class Supervisor:
         containers: Any = engine._containers
         containers._supervisor = containers._stopper._supervisor = self
 
-    async def start(self, order: Start, root: int) -> Started:
+    async def start(self, order: Start, directory: str) -> Started:
         self._call("start", order.id, order.attempt)
         return Started(order.id, order.attempt, os.getpid(), 0)
 

@@ -221,12 +221,11 @@ def test_a_failed_create_names_no_id(tmp_path: Path) -> None:
 
 
 def test_a_container_whose_client_hung_up_is_not_started(tmp_path: Path) -> None:
-    """Its root is being opened, and the news of what it stands on is just coming in: no log, and no id is lost."""
+    """The news of what it stands on is just coming in: no log, and no id is lost."""
 
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         supervisor = Supervisor(engine, 0)
         kernel.hold("acquire", ROOT)
-        kernel.hold("open_root", BOX)
         creating = asyncio.create_task(engine.create(msgspec.structs.replace(container(nest()), state="running")))
         await kernel.begun("acquire", ROOT)
         run: Any = engine._graph.get(BOX).run
@@ -236,7 +235,6 @@ def test_a_container_whose_client_hung_up_is_not_started(tmp_path: Path) -> None
         creating.cancel()
         for _ in range(20):
             await asyncio.sleep(0)
-        kernel.let_go("open_root", BOX)
         await gone(engine, kernel)
         await engine._tasks.drain(5)
         assert [call for call in supervisor.calls if call[0] == "start"] == []
@@ -443,20 +441,3 @@ def test_a_container_that_the_supervisor_has_lost_can_be_deleted(tmp_path: Path)
         await gone(engine, kernel)
 
     act(scenario, tmp_path)
-
-
-def test_a_root_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
-    """The descriptor that nobody waits for any more is closed: it would keep the image's device for ever."""
-
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        await engine.create(container(nest()))
-        Supervisor(engine, 0)
-        kernel.hold("open_root", BOX)
-        before = set(os.listdir("/proc/self/fd"))
-        with pytest.raises(TimedOut):
-            await engine.request_state(BOX, "running")
-        kernel.let_go("open_root", BOX)
-        await until(lambda: engine._jobs.under_way(BOX) is None)
-        assert set(os.listdir("/proc/self/fd")) == before
-
-    act(scenario, tmp_path, timeout=0.05)

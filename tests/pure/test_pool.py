@@ -18,7 +18,6 @@ from imageapi.engine import worker, zygote
 from imageapi.engine.graph import Graph
 from imageapi.engine.jobs import GivenUp, Jobs
 from imageapi.engine.pool import PER_STORE, Chain, Job, Pool
-from imageapi.engine.worker import Descriptor
 from imageapi.errors import Invalid, Problem, TimedOut
 
 pytestmark = pytest.mark.pure
@@ -33,7 +32,6 @@ class Host:
         self.gates: dict[str, threading.Event] = {}
         self.reached: dict[str, threading.Event] = {}
         self.steps: dict[str, list[threading.Event]] = {}
-        self.other_end = -1
 
     def hold(self, name: str) -> None:
         self.gates[name], self.reached[name] = threading.Event(), threading.Event()
@@ -52,17 +50,13 @@ class Host:
             raise Invalid(f"{name} fails")
         if name in self.steps:
             self.go_step_by_step(name)
-        return self._pipe() if name == "descriptor" else name.upper()
+        return name.upper()
 
     def go_step_by_step(self, name: str) -> None:
         """Say how far it is, then wait for leave to go on: until there is no further step."""
         for number, leave in enumerate(self.steps[name]):
             progress.tell(f"step {number}", number, len(self.steps[name]))
             assert leave.wait(10)
-
-    def _pipe(self) -> Descriptor:
-        self.other_end, ours = os.pipe()
-        return Descriptor(ours)
 
 
 @pytest.fixture
@@ -177,19 +171,6 @@ def test_a_job_that_does_not_come_back_is_a_504(host: Host) -> None:
         assert host.begun == ["a"]
 
     act(scenario, timeout=0.05)
-
-
-def test_a_descriptor_that_nobody_waits_for_is_closed(host: Host) -> None:
-    async def scenario(pool: Pool, jobs: Jobs) -> None:
-        first, second = chain("a", "descriptor")
-        with jobs.series("local", [first, second]) as series:
-            await series.outcome()
-            await second.result
-        await asyncio.sleep(0)
-        with open(host.other_end, "rb") as pipe:
-            assert await asyncio.to_thread(pipe.read) == b""
-
-    act(scenario)
 
 
 def _fill(pool: Pool, host: Host) -> list[Job]:

@@ -121,7 +121,7 @@ def test_a_log_that_is_full_is_rotated(supervised: Supervised) -> None:
     supervised.end_of(supervised.shell(printing))
     old, new = Path(supervised.site.logs_dir, "0.log.1"), Path(supervised.site.logs_dir, "0.log")
     assert output.LIMIT <= old.stat().st_size < output.LIMIT + output.CHUNK
-    assert old.read_text().splitlines()[0].endswith("init: making all mounts private")
+    assert old.read_text().splitlines()[0].endswith("container(0): validating image")
     assert new.read_text().endswith("xlast\n")
     assert old.stat().st_size + new.stat().st_size > megabytes << 20
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -48,7 +49,9 @@ executing init
 def test_the_log_has_every_step_in_the_tutorials_order(supervised: Supervised) -> None:
     supervised.end_of(supervised.start("/bin/true"))
     assert supervised.steps() == [f"init: {step}" for step in STEPS.splitlines()]
-    assert all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d init: ", line) for line in supervised.log().splitlines())
+    told = [line.split(" ", 2)[2] for line in supervised.log().splitlines()]
+    assert told[:2] == ["container(0): validating image", "container(0): validating init"]
+    assert all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \S", line) for line in supervised.log().splitlines())
 
 
 def test_a_command_prints_into_its_log(supervised: Supervised) -> None:
@@ -183,7 +186,7 @@ FAILURES = {
     "/bin/wrong-arch": f"this host is {os.uname().machine}",
     "/data/dangling": "there is no /data/dangling",
     "/bin/sh/x": "cannot be reached",
-    "/dev/null": "is no regular file",
+    "/dev/null": "there is no /dev/null in the image",
 }
 
 
@@ -193,8 +196,9 @@ def test_a_command_that_cannot_be_executed_says_why_and_leaves_nothing(
 ) -> None:
     with pytest.raises(Invalid, match=re.escape(reason)):
         supervised.start(program)
-    assert supervised.kept() == set()
     assert supervised.do(supervised.client.list()) == []
+    in_waiting(supervised)
+    eventually(lambda: supervised.kept() == set(), "nothing is kept for it")
     assert supervised.news == []
 
 
@@ -214,6 +218,8 @@ def test_a_root_without_a_mountpoint_gets_it_where_it_can(supervised: Supervised
 def test_a_read_only_root_without_a_mountpoint_names_it_and_the_remedy(supervised: Supervised, run_dir: Path) -> None:
     bare = run_dir / "bare"
     (bare / "proc").mkdir(parents=True)
+    (bare / "bin").mkdir()
+    shutil.copy("/bin/busybox", bare / "bin/true")
     with mounted(run_dir / "ro", "--bind", "-o", "ro", str(bare)) as root:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(root)], check=True)
         with pytest.raises(Invalid, match=r"no directory /dev and is read-only; run the container on an overlay"):

@@ -1,22 +1,20 @@
 """A create: plan, claim, make step by step, publish; or undo all of it.
 
-The steps of one store go to one worker together, which begins each without waiting for us. What was claimed is undone
-by taking one's own references away and collecting: what somebody else has come to share meanwhile has a holder, and
-stays.
+The steps of one store go to one worker together, which begins each without waiting for us; a container comes last.
+What was claimed is undone by taking one's own references away and collecting: what somebody else has come to share
+meanwhile has a holder, and stays.
 Each step runs to its end whether its client is still there or not, since others may wait for its result.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Iterable, Iterator
-from functools import partial
+from collections.abc import Awaitable, Iterable
 from itertools import groupby
 
 from imageapi.engine import stages
 from imageapi.engine.collect import Collector
-from imageapi.engine.containers import CREATED, STARTING, Containers
+from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe, standing
 from imageapi.engine.jobs import GivenUp, Jobs, Series
 from imageapi.engine.ledger import Ledger
@@ -140,8 +138,11 @@ class _Making:
         that was to be shared is not done."""
         for record in self._claimed.steps:
             await self._step(record, self._shared(record))
-        for store, group in groupby(self._claimed.steps, self._jobs.store):
+        below = [record for record in self._claimed.steps if not isinstance(record.spec, Container)]
+        for store, group in groupby(below, self._jobs.store):
             await self._make_together(store, list(group))
+        if isinstance(self._claimed.root.spec, Container):
+            await self._make(self._claimed.root, self._run(self._claimed.root))
 
     async def _shared(self, record: AnyRecord) -> None:
         """Wait for what others are just making; their failure is ours, too."""
@@ -153,30 +154,30 @@ class _Making:
         self._check(shared)
 
     async def _make_together(self, store: str, group: list[AnyRecord]) -> None:
-        if self._stopped:
-            raise GivenUp("its request has ended")
-        jobs = list(self._jobs_for(group))
+        self._check_wanted()
+        jobs = [Job("acquire", record, [self._graph.get(key) for key in record.edges()]) for record in group]
         for record in group:
             record.phase = Phase.ACQUIRING  # from now on it must be undone, whether we have heard of it or not
         try:
             with self._jobs.series(store, jobs) as self._series:
                 for record in group:
-                    await self._make(record, self._series)
+                    await self._make(record, self._acquire(record, self._series))
         finally:
             _plan_again(jobs)
 
-    async def _make(self, record: AnyRecord, series: Series) -> None:
-        await self._step(record, self._finish(record, series))
+    def _check_wanted(self) -> None:
+        """Raises: GivenUp, after `stop`."""
+        if self._stopped:
+            raise GivenUp("its request has ended")
+
+    async def _make(self, record: AnyRecord, work: Awaitable[None]) -> None:
+        """Make one object. The root is written when it is published, and not before."""
+        await self._step(record, work)
+        record.phase = Phase.LIVE
+        if record is not self._claimed.root:
+            self._ledger.change(record)
         stages.end("start" if isinstance(record.spec, Container) else record.kind)
         _tell(self._awaited.pop(record.key, None), None)
-
-    def _jobs_for(self, group: list[AnyRecord]) -> Iterator[Job]:
-        for record in group:
-            inputs = [self._graph.get(key) for key in record.edges()]
-            if not isinstance(record.spec, Container):
-                yield Job("acquire", record, inputs)
-            elif self._running:
-                yield self._containers.opening(record, inputs[0], CREATED, STARTING)
 
     async def _step(self, record: AnyRecord, work: Awaitable[None]) -> None:
         """Do what is to be done for a record. How it fails is how it fails for all who came to share it."""
@@ -189,26 +190,18 @@ class _Making:
             _tell(self._awaited.pop(record.key, None), problem)
             raise self._located(problem, record) from problem
 
-    async def _finish(self, record: AnyRecord, series: Series) -> None:
-        """Make one object. The root is written when it is published, and not before."""
+    async def _acquire(self, record: AnyRecord, series: Series) -> None:
         self._check(record.edges())
-        if not isinstance(record.spec, Container):
-            record.facts = await series.outcome()
-        elif self._running:
-            await self._containers.start_new(record, partial(self._root, series))
-        else:
-            self._containers.make(record)
-        record.phase = Phase.LIVE
-        if record is not self._claimed.root:
-            self._ledger.change(record)
+        record.facts = await series.outcome()
 
-    async def _root(self, series: Series) -> int:
-        """What a container is to be started in, unless its request has ended while that was opened."""
-        root: int = await series.outcome()
-        if self._stopped:
-            os.close(root)
-            raise GivenUp("its request has ended")
-        return root
+    async def _run(self, container: AnyRecord) -> None:
+        self._check_wanted()
+        self._check(container.edges())
+        container.phase = Phase.ACQUIRING
+        if self._running:
+            await self._containers.start_new(container)
+        else:
+            self._containers.make(container)
 
     def _check(self, keys: Iterable[Key]) -> None:
         """Raises: errors.Conflict, when one of the objects to build on does not stand any more."""

@@ -10,13 +10,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from imageapi.config import Config
 from imageapi.drivers.base import driver
-from imageapi.engine import stages
 from imageapi.engine.graph import describe, standing
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
@@ -24,7 +23,7 @@ from imageapi.engine.pool import Job, Pool
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, NotFound, Problem, TimedOut
-from imageapi.records import AnyRecord, Key, Phase, Run
+from imageapi.records import AnyRecord, Facts, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
 from imageapi.runtime.protocol import Ended, Life, Start, Started
@@ -36,6 +35,8 @@ HALTED = (128 + 1, 128 + 2)
 """How a pid namespace ends whose first process called reboot(2): by SIGHUP to restart, by SIGINT to halt."""
 CREATED, STARTING = "container created", "starting container"
 """What the log of a container says of it."""
+START_TIMEOUT = 20.0
+"""Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
 
@@ -112,19 +113,12 @@ class Containers:
         """The container exists: it has its log file, whose first line says so."""
         self._log(record, CREATED)
 
-    def opening(self, record: AnyRecord, mount: AnyRecord, *told: str) -> Job:
-        """The job that gives the container's root. Its log is told so many things first.
-
-        Raises: errors.Invalid, for a command that is none.
-        """
-        return Job("open_root", record, mount, command.split(record.spec.command), told)
-
-    async def start_new(self, record: AnyRecord, root: Callable[[], Awaitable[int]]) -> None:
-        """Run the command of a container that is just being made, in the root that its `opening` gives.
+    async def start_new(self, record: AnyRecord) -> None:
+        """Run the command of a container that is just being made.
 
         Raises: errors.Problem.
         """
-        await self._begin(record, self._start(record, _run(record), root))
+        await self._begin(record, self._start(record, _run(record), (CREATED, STARTING)))
 
     async def start(self, record: AnyRecord) -> None:
         """Run the container's command; returns when it has been executed. One that runs is left alone.
@@ -242,23 +236,14 @@ class Containers:
         old = _run(record)
         run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
         self._ends.pop(record.key, None)
-        await self._start(record, run, lambda: self._open_root(record))
+        await self._start(record, run, (STARTING,))
 
-    async def _open_root(self, record: AnyRecord) -> int:
-        """The container's root, a descriptor.
-
-        Raises: errors.Problem.
-        """
-        self._ledger.change(record, problem=None)
-        mount = self._mount_of(record)
-        root: int = await self._jobs.run(self._jobs.store(mount), self.opening(record, mount, STARTING))
-        return root
-
-    async def _start(self, record: AnyRecord, run: Run, root: Callable[[], Awaitable[int]]) -> None:
+    async def _start(self, record: AnyRecord, run: Run, told: Sequence[str]) -> None:
+        """Do a start; the container's log is told so many things first."""
         try:
-            opened = await root()
-            stages.end("root")
-            started = await self._execute(record, run, opened)
+            if self._graph.is_shown(record.key):  # else its number is on disk since it was claimed
+                self._ledger.change(record, problem=None)
+            started = await self._execute(record, run, told)
         except Problem as problem:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
@@ -286,15 +271,15 @@ class Containers:
                 await asyncio.sleep(ASK_AGAIN)
         self._late.discard((container, attempt))
 
-    async def _execute(self, record: AnyRecord, run: Run, root: int) -> Started:
-        """Have the supervisor execute the command in `root`, which is closed.
+    async def _execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
+        """Have the supervisor execute the command.
 
         Raises: errors.Problem, when it was not executed.
         """
-        try:
-            return await self._supervisor.start(self._order(record, run), root)
-        finally:
-            os.close(root)
+        facts = self._mount_of(record).facts
+        assert facts.mountpoint is not None, "it is mounted"
+        order = self._order(record, run, facts, told)
+        return await self._supervisor.start(order, os.path.dirname(facts.mountpoint))
 
     def _mount_of(self, record: AnyRecord) -> AnyRecord:
         """What the container runs on.
@@ -309,11 +294,15 @@ class Containers:
             raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
         return mount
 
-    def _order(self, record: AnyRecord, run: Run) -> Start:
+    def _order(self, record: AnyRecord, run: Run, mounted: Facts, told: Sequence[str]) -> Start:
         return Start(
             id=record.id,
             attempt=run.attempt,
+            root=os.path.basename(mounted.mountpoint or ""),
+            cleared=mounted.detail.get("staging", 0),
             argv=command.split(record.spec.command),
+            told=list(told),
+            timeout=min(START_TIMEOUT, self._operation_timeout),
             systemd=record.spec.systemd,
             logfile=os.path.basename(run.logfile),
             mark=self._ledger.site.mark(record.key),

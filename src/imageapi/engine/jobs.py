@@ -114,8 +114,6 @@ class Series:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
-        for job in self._asked:
-            job.abandon()
 
     def stop(self) -> None:
         """Begin no other job; who waits for one learns that it is given up."""
@@ -129,13 +127,8 @@ class Series:
         """
         job = next(self._asked)
         limit = self._timeout if timeout is None else timeout
-        try:
-            await _wait_while_it_moves(job, limit)
-        except asyncio.CancelledError:
-            job.abandon()
-            raise
+        await _wait_while_it_moves(job, limit)
         if not job.result.done() and self._is_late(job):
-            job.abandon()
             raise TimedOut(self._complaint(job, limit), step=job.name)
         if job.result.cancelled():
             raise GivenUp(f"{job.name} was not done: its request has ended")

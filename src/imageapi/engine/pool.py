@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import pickle
 import socket
-import struct
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 from imageapi import errors
 from imageapi.drivers.progress import Progress
 from imageapi.engine import zygote
-from imageapi.engine.worker import MESSAGE, Descriptor, Reply, message_buffer
+from imageapi.engine.worker import MESSAGE, Reply, message_buffer
 from imageapi.records import AnyRecord, Record
 
 log = logging.getLogger(__name__)
@@ -64,15 +62,6 @@ class Job:
             self._logged = self.moved
             log.info("%s of %s: %s, %s of %s bytes", self.name, self.about.key, *progress)
 
-    def abandon(self) -> None:
-        """Nobody waits for the result any more: a descriptor is closed, a root keeps its devices busy."""
-        self.result.add_done_callback(_close_descriptor)
-
-
-def _close_descriptor(result: asyncio.Future[Any]) -> None:
-    if not result.cancelled() and result.exception() is None and isinstance(result.result(), Descriptor):
-        os.close(result.result())
-
 
 class Chain:
     """Jobs of one store that one worker does in turn, each begun without waiting for us. One that fails ends it: what
@@ -85,20 +74,20 @@ class Chain:
         self.worker: _Worker | None = None
         """None until one has begun: before that it can have had no effect."""
 
-    def hear(self, message: Reply | Progress, descriptors: list[int]) -> None:
+    def hear(self, message: Reply | Progress) -> None:
         """Take what the worker says of the job under way."""
         if isinstance(message, Progress):
             self.jobs[0].hear(message)
         else:
-            self._settle(message, descriptors)
+            self._settle(message)
 
-    def _settle(self, reply: Reply, descriptors: list[int]) -> None:
+    def _settle(self, reply: Reply) -> None:
         if not reply.begun:
             self.cancel_from(0)
             return
         job = self.jobs.popleft()
         try:
-            job.result.set_result(_result(job, reply, descriptors))
+            job.result.set_result(_result(job, reply))
         except errors.Problem as problem:
             self.fail(job, problem)
 
@@ -114,13 +103,13 @@ class Chain:
             self.jobs.pop().result.cancel()
 
 
-def _result(job: Job, reply: Reply, descriptors: list[int]) -> Any:
+def _result(job: Job, reply: Reply) -> Any:
     if reply.problem:
         raise errors.from_dict(reply.problem)
     if reply.bug:
         log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
         raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
-    return Descriptor(descriptors[0]) if descriptors else reply.result
+    return reply.result
 
 
 class _Worker:
@@ -165,13 +154,13 @@ class _Worker:
     def _hear(self) -> bool:
         """Take one message; whether there was one."""
         try:
-            data, descriptors = _receive(self._channel)
+            size = self._channel.recv_into(_BUFFER)
         except BlockingIOError:
             return False
         except OSError:
-            data, descriptors = memoryview(b""), []
-        if data and self._chain is not None:
-            self._chain.hear(pickle.loads(data), descriptors)
+            size = 0
+        if size and self._chain is not None:
+            self._chain.hear(pickle.loads(_BUFFER[:size]))
         else:
             self.dismiss()
         self._look()
@@ -213,18 +202,7 @@ class _Worker:
 
 
 _BUFFER = message_buffer()
-"""For all that is read in the one event loop."""
-_DESCRIPTOR = struct.Struct("@i")
-
-
-def _receive(channel: socket.socket) -> tuple[memoryview, list[int]]:
-    """One message, to be used before the next is read, and the descriptor that came with it.
-
-    Raises: BlockingIOError; OSError.
-    """
-    size, control, _, _ = channel.recvmsg_into([_BUFFER], socket.CMSG_SPACE(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC)
-    descriptors = [_DESCRIPTOR.unpack(data)[0] for _, kind, data in control if kind == socket.SCM_RIGHTS]
-    return _BUFFER[:size], descriptors
+"""For all that is read in the one event loop: one message, used before the next is read."""
 
 
 class Pool:
@@ -241,7 +219,7 @@ class Pool:
         self._queues: defaultdict[str, deque[Chain]] = defaultdict(deque)
 
     def submit(self, chain: Chain) -> None:
-        """Have the jobs done as soon as their store has a place. A descriptor is the caller's to close."""
+        """Have the jobs done as soon as their store has a place."""
         self._queues[chain.store].append(chain)
         self._go_on(chain.store)
 

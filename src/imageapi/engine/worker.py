@@ -1,9 +1,9 @@
 """What a worker process does: one job after another, each a function of this module that may block.
 
-A job is a name and its arguments; its reply is a result, a problem to be told, or the trace of a bug, and perhaps one
-descriptor. Both are pickled: the two ends are one program, over a socket that nobody else can reach. Jobs that come
-together are done in turn, each with its reply; what an earlier one learnt of a record, a later one sees, since in one
-message a record is one object. Before its reply a job may say how far it is, as often as it likes.
+A job is a name and its arguments; its reply is a result, a problem to be told, or the trace of a bug. Both are pickled:
+the two ends are one program, over a socket that nobody else can reach. Jobs that come together are done in turn, each
+with its reply; what an earlier one learnt of a record, a later one sees, since in one message a record is one object.
+Before its reply a job may say how far it is, as often as it likes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from imageapi import errors
@@ -25,9 +24,8 @@ from imageapi.drivers import progress
 from imageapi.drivers.base import driver
 from imageapi.drivers.progress import LeftOff, Progress
 from imageapi.engine import sweep
-from imageapi.linux import libc, mount, syncfs
+from imageapi.linux import syncfs
 from imageapi.records import AnyRecord, Facts
-from imageapi.runtime import command, logs
 
 MESSAGE = 4 << 20
 """The largest job or reply in bytes: a request's body has at most 1 MB by default, and a record holds no more."""
@@ -43,10 +41,6 @@ class Reply(NamedTuple):
     problem: dict[str, Any] | None = None
     bug: str | None = None
     begun: bool = True
-
-
-class Descriptor(int):
-    """A job's result that is a descriptor: it is handed over, and the worker's own copy closed."""
 
 
 def message_buffer() -> memoryview:
@@ -65,7 +59,7 @@ def serve(channel: socket.socket, site: Site) -> None:
                 return
             with progress.heard_by(_Voice(channel)):
                 reply = _perform(name, arguments, site)
-            _send(channel, reply)
+            channel.send(pickle.dumps(reply))
             if reply.problem or reply.bug:
                 break
 
@@ -102,14 +96,6 @@ class _Voice:
             raise LeftOff("it was left off, since nobody waits for it any more")
         with contextlib.suppress(OSError):  # there will be more to hear
             self._channel.send(pickle.dumps(news), socket.MSG_DONTWAIT)
-
-
-def _send(channel: socket.socket, reply: Reply) -> None:
-    if isinstance(reply.result, Descriptor):
-        socket.send_fds(channel, [pickle.dumps(Reply())], [reply.result])
-        os.close(reply.result)
-    else:
-        channel.send(pickle.dumps(reply))
 
 
 def _perform(name: str, arguments: Sequence[Any], site: Site) -> Reply:
@@ -150,29 +136,6 @@ def observe(site: Site, record: AnyRecord) -> Facts | None:
     return driver(record.key.collection, record.kind).observe(record, site)
 
 
-def open_root(site: Site, container: AnyRecord, on: AnyRecord, argv: list[str], told: Sequence[str]) -> Descriptor:
-    """A private, detached copy of the tree of the mount `on`, in which `argv` can be executed, without what the mount
-    lacks only where the host's users see it. The container's log begins with the lines `told`.
-
-    Raises: errors.Invalid, when it cannot, with the reason.
-    """
-    assert container.run is not None, "it is prepared"
-    assert on.facts.mountpoint is not None, "it is mounted"
-    log = partial(logs.append, container.run.logfile, f"container({container.id})")
-    log(*told, "validating image")
-    flags = mount.OPEN_TREE_CLONE | mount.OPEN_TREE_CLOEXEC | libc.AT_RECURSIVE
-    root = mount.open_tree(libc.AT_FDCWD, on.facts.mountpoint, flags)
-    try:
-        staging = on.facts.detail.get("staging", 0)
-        mount.mount_setattr(root, "", clear=staging, propagation=mount.MS_PRIVATE, recursive=True)
-        log("validating init")
-        command.validate(root, argv)
-    except BaseException:
-        os.close(root)
-        raise
-    return Descriptor(root)
-
-
 def sync(site: Site, mountpoint: str) -> None:
     """Write what the file system at `mountpoint` holds to its store (syncfs(2))."""
     syncfs.syncfs(mountpoint)
@@ -182,7 +145,6 @@ JOBS: dict[str, Callable[..., Any]] = {
     "acquire": acquire,
     "release": release,
     "observe": observe,
-    "open_root": open_root,
     "sync": sync,
     "sweep": sweep.sweep,
 }

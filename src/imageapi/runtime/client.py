@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ class _Connection:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._loop.add_reader(channel, self._hear)
 
-    async def ask(self, request: Request, descriptor: int | None) -> Answer:
+    async def ask(self, request: Request, descriptors: Sequence[int] = ()) -> Answer:
         """The answer to a request. Raises: _Lost."""
         if self._channel.fileno() < 0:
             raise _Lost
@@ -78,17 +78,17 @@ class _Connection:
         answer: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[number] = answer
         try:
-            await self._send(protocol.encode(Call(number, request)), descriptor)
+            await self._send(protocol.encode(Call(number, request)), descriptors)
             return await answer
         finally:
             del self._waiting[number]
 
-    async def _send(self, data: bytes, descriptor: int | None) -> None:
+    async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         """Returns also when the other end has gone: `_hear` finds that out, after what came before it, and says so.
         Who tried again at once would keep it from that."""
         while True:
             try:
-                socket.send_fds(self._channel, [data], [] if descriptor is None else [descriptor])
+                socket.send_fds(self._channel, [data], list(descriptors))
                 return
             except BlockingIOError:
                 await self._writable()
@@ -169,14 +169,15 @@ class Supervisor:
 
     # ---------------------------------------------------------------------------------------------------- verbs
 
-    async def start(self, order: Start, root: int) -> Started:
-        """Have `order` executed in the tree `root`, a descriptor that stays the caller's.
+    async def start(self, order: Start, directory: str) -> Started:
+        """Have `order` executed; what is mounted at its root is in `directory`.
 
         Raises: errors.Problem, and then nothing runs; errors.TimedOut, when the process has still to come back from
         the kernel: its end is news.
         """
         try:
-            started = _expect(await self._ask(order, root, order.timeout + MARGIN), Started)
+            with _descriptors("/proc/self/ns/mnt", directory) as place:
+                started = _expect(await self._ask(order, order.timeout + MARGIN, place), Started)
         except _Lost:
             await self.undo(order.id, order.attempt, CALL_TIMEOUT)
             raise errors.Problem("the supervisor ended while it started the container; ask again") from None
@@ -246,14 +247,14 @@ class Supervisor:
         deadline = asyncio.get_running_loop().time() + CALL_TIMEOUT
         while (left := deadline - asyncio.get_running_loop().time()) > 0:
             with contextlib.suppress(_Lost):
-                return _expect(await self._ask(request, None, left), kind)
+                return _expect(await self._ask(request, left), kind)
         raise errors.TimedOut(self._silence(request, CALL_TIMEOUT))
 
-    async def _ask(self, request: Request, descriptor: int | None, timeout: float) -> Answer:
+    async def _ask(self, request: Request, timeout: float, descriptors: Sequence[int] = ()) -> Answer:
         try:
             async with asyncio.timeout(timeout):
                 connection = await asyncio.shield(self._connected())
-                return await connection.ask(request, descriptor)
+                return await connection.ask(request, descriptors)
         except TimeoutError:
             raise errors.TimedOut(self._silence(request, timeout)) from None
 
@@ -277,7 +278,7 @@ class Supervisor:
         channel = await self._find()
         connection = _Connection(channel, self._hear, self._lost)
         try:
-            self.pid = _expect(await connection.ask(Hello(), None), Welcome).pid
+            self.pid = _expect(await connection.ask(Hello()), Welcome).pid
         except BaseException:
             connection.close()
             raise
@@ -340,6 +341,19 @@ class Supervisor:
             life = lives.get(container)
             if life is None or life.attempt != attempt or not life.running:
                 self._hear(_news(container, attempt, life))
+
+
+@contextlib.contextmanager
+def _descriptors(*paths: str) -> Iterator[Sequence[int]]:
+    """The files at these paths, open while they are sent."""
+    opened: list[int] = []
+    try:
+        for path in paths:
+            opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        yield opened
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _expect(answer: Answer, kind: type[A]) -> A:

@@ -25,7 +25,7 @@ from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop, Timer
-from imageapi.runtime.protocol import Answer, Ended, Failed, Life, Start, Started
+from imageapi.runtime.protocol import Answer, Ended, Failed, Life, Start, Started, encode
 
 REAPING = 10.0
 """Seconds that the end of a process which is not our child may stay unreaped, until its exit code is given up."""
@@ -94,40 +94,41 @@ class Container:
 
     # -------------------------------------------------------------------------------------------------- a start
 
-    def start(self, order: Start, root: int, spare: Child | None, answer: Callable[[Answer], None]) -> None:
-        """Have a child become the container, `spare` if it is of use; `answer` is called when it has, or has failed to.
+    def start(self, order: Start, place: Sequence[int], spare: Child | None, answer: Callable[[Answer], None]) -> None:
+        """Have a child become the container, `spare` if it is of use. `place` are the descriptors that came with the
+        order. `answer` is called when it has, or has failed to.
 
         Raises: OSError, errors.Problem, when there is no child; nothing is left then.
         """
         self._answer = answer
         orders = init.Orders(order, self._around.uuid(order.id))
         if order.systemd:
-            child, groups = self._bear_systemd(order, orders, root)
+            child, groups = self._bear_systemd(order, orders, place)
         else:
-            child, groups = self._order_spare(spare, orders, root) or self._order_new(orders, root), []
+            child, groups = self._order_spare(spare, orders, place) or self._order_new(orders, place), []
         self._begin(order, child, groups)
 
-    def _order_spare(self, spare: Child | None, orders: init.Orders, root: int) -> Child | None:
+    def _order_spare(self, spare: Child | None, orders: init.Orders, place: Sequence[int]) -> Child | None:
         """The spare, if there is one and it lives."""
         if spare is None:
             return None
         try:
-            spare.order(orders, (root,))
+            spare.order(orders, place)
         except OSError:
             self._around.nursery.dismiss(spare)
             return None
         return spare
 
-    def _order_new(self, orders: init.Orders, root: int) -> Child:
-        return _ordered(self._around.nursery.bear(), orders, root)
+    def _order_new(self, orders: init.Orders, place: Sequence[int]) -> Child:
+        return _ordered(self._around.nursery.bear(), orders, *place)
 
-    def _bear_systemd(self, order: Start, orders: init.Orders, root: int) -> tuple[Child, list[str]]:
+    def _bear_systemd(self, order: Start, orders: init.Orders, place: Sequence[int]) -> tuple[Child, list[str]]:
         """A child of its own cgroups, with their directories."""
         group = group_name(f"{order.mark}-{order.attempt}")
         with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
             child = self._around.nursery.bear(group, self._make_group(group, passing, undo))
             undo.callback(self._around.nursery.dismiss, child)
-            _ordered(child, orders, root, self._open_host(child.name, passing, undo))
+            _ordered(child, orders, *place, self._open_host(child.name, passing, undo))
             undo.pop_all()
         return child, [f"{one.directory}/{group}" for one, _ in self._around.hierarchies]
 
@@ -151,11 +152,13 @@ class Container:
                 return born_in
         raise errors.Unsupported("systemd needs cgroup2, which is not mounted on this host; mount it, and start again")
 
-    def _begin(self, order: Start, child: Child, groups: list[str]) -> None:
-        """A child has its orders: put it on disk, open its gate, and watch it."""
-        self._ours, self._parked = True, child.parked
-        self._pidfd, self._tie, self._output = child.pidfd, child.tie, child.output
-        self.entry = Entry(
+    def rehearse(self, order: Start, child: Child) -> None:
+        """Write down, for nobody, what a start of this child would."""
+        encode(init.Orders(order, self._around.uuid(order.id)))
+        entries.encode(self._entry(order, child, []))
+
+    def _entry(self, order: Start, child: Child, groups: list[str]) -> Entry:
+        return Entry(
             life=Life(id=order.id, attempt=order.attempt, pid=child.pid, start_time=_ticks()),
             name=child.name,
             boot_id=self._around.boot_id,
@@ -164,6 +167,12 @@ class Container:
             logfile=order.logfile,
             groups=groups,
         )
+
+    def _begin(self, order: Start, child: Child, groups: list[str]) -> None:
+        """A child has its orders: put it on disk, open its gate, and watch it."""
+        self._ours, self._parked = True, child.parked
+        self._pidfd, self._tie, self._output = child.pidfd, child.tie, child.output
+        self.entry = self._entry(order, child, groups)
         self._open_gate(child.tie)
         self._watch()
         if self._tie is not None:

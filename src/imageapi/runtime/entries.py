@@ -30,13 +30,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     groups: list[str] = []
 
 
-_encode = msgspec.json.Encoder().encode
+encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Entry).decode
 
 
 def save(directory: int, entry: Entry) -> None:
     """Write an entry in place of the last one of its container."""
-    whole.write(f"{entry.life.id}{SUFFIX}", _encode(entry), directory)
+    whole.write(f"{entry.life.id}{SUFFIX}", encode(entry), directory)
 
 
 def load(directory: int, boot_id: str) -> list[Entry]:

@@ -1,9 +1,10 @@
 """The first process of a container, from its clone to its exec.
 
 It is in namespaces of its own, and makes what it can before it knows what it is to become; then it waits for its
-orders and makes its root. Nothing it does outlives it, so that one whose supervisor dies meanwhile has only to end,
-which it does at the gate. Once the image is its root, no directory of the host's is open, and no symbolic link of the
-image's leads out.
+orders, takes a copy of the image where that is mounted, and makes it its root. Whatever of this waits for storage
+makes nobody wait but this process. Nothing it does outlives it, so that one whose supervisor dies meanwhile has only
+to end, which it does at the gate. Once the image is its root, no directory of the host's is open, and no symbolic
+link of the image's leads out.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import msgspec
 
 from imageapi import errors
 from imageapi.linux import cgroup, namespaces, process
-from imageapi.linux.libc import AT_FDCWD
+from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
 from imageapi.linux.mount import (
     MNT_DETACH,
     MOVE_MOUNT_F_EMPTY_PATH,
     MS_PRIVATE,
+    OPEN_TREE_CLOEXEC,
+    OPEN_TREE_CLONE,
     mount_setattr,
     move_mount,
+    open_tree,
     pivot_root,
     umount,
 )
 from imageapi.runtime import command, layout, logs, output
-from imageapi.runtime.protocol import MESSAGE, Start, encode
+from imageapi.runtime.protocol import Start, encode, receive
 from imageapi.runtime.steps import Step, Tree, take
 
 NOT_EXECUTED = 127
@@ -50,14 +54,14 @@ class Inheritance(NamedTuple):
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """What it is to become. With them come the root's tree, and for systemd that for layout.HOST."""
+    """What it is to become. With them come the descriptors of protocol.Start, and for systemd the tree layout.HOST."""
 
     start: Start
     uuid: str
 
 
 _decode = msgspec.json.Decoder(Orders).decode
-_EXAMPLE = encode(Orders(Start(id=0, attempt=0, argv=["/"], logfile="", mark="", hostname="", timeout=1.0), uuid=""))
+_EXAMPLE = encode(Orders(Start(id=0, attempt=0, root="", argv=["/"], logfile="", mark="", timeout=1.0), uuid=""))
 
 
 def run(tie: socket.socket, given: Inheritance, name: str, group: str | None) -> NoReturn:
@@ -66,14 +70,15 @@ def run(tie: socket.socket, given: Inheritance, name: str, group: str | None) ->
     try:
         _settle(tie, given, name, group)
         steps = layout.PLAIN if group is None else layout.SYSTEMD
-        trees = _make_trees(steps)
+        trees, home = _make_trees(steps)
         _rehearse()
-        orders, descriptors, _, _ = socket.recv_fds(tie, MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        orders, descriptors = receive(tie)
         if orders:
             order = _decode(orders)
-            log = logs.Writer(logs.open_log(order.start.logfile, given.logs), "init")
+            log = logs.open_log(order.start.logfile, given.logs)
             os.close(given.logs)
-            _enter(order.start, steps, trees, log, *descriptors)
+            root = _open_root(order.start, log, home, *descriptors[:2])
+            _enter(root, order.start, steps, trees, logs.Writer(log, "init"), *descriptors[2:])
             _pass_gate(tie)
             _execute(order)
     except errors.Problem as problem:
@@ -116,18 +121,20 @@ def _enter_groups(hierarchies: Sequence[int], name: str) -> None:
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
 
 
-def _make_trees(steps: Sequence[Step]) -> dict[str, int]:
+def _make_trees(steps: Sequence[Step]) -> tuple[dict[str, int], int]:
     """Make what owes nothing to the image, where the supervisor's root has the same mountpoints, and take it from
-    there: the trees by their places. Stdin is the null device in one of them."""
+    there: the trees by their places. Stdin is the null device in one of them. With them comes the mount namespace that
+    we are in, to be found again."""
     os.umask(0)
     for step in filter(layout.is_ahead, steps):
         _carry_out(step)
     os.umask(0o022)
+    home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     trees = {place: take(place) for place in layout.TREES}
     null = os.open("null", os.O_RDONLY | os.O_CLOEXEC, dir_fd=trees["/dev"])
     os.dup2(null, 0)
     os.close(null)
-    return trees
+    return trees, home
 
 
 def _rehearse() -> None:
@@ -135,6 +142,7 @@ def _rehearse() -> None:
     the kernel then, at a microsecond each: a hundred of them are copied before somebody waits for it."""
     _decode(_EXAMPLE)
     logs.lines("init", [step.describe() for step in layout.PLAIN])
+    command.rehearse()
 
 
 def _carry_out(step: Step) -> None:
@@ -147,12 +155,32 @@ def _carry_out(step: Step) -> None:
 # -------------------------------------------------------------------------------------------------- after orders
 
 
+def _open_root(order: Start, log: int, home: int, namespace: int, directory: int) -> int:
+    """A copy of what is mounted at the root's place, in which the command can be executed. Only who is in a mount
+    namespace can copy what is mounted there (open_tree(2)).
+
+    Raises: errors.Invalid, when the command cannot, with the reason; OSError.
+    """
+    told = logs.Writer(log, f"container({order.id})")
+    told.add(*order.told, "validating image")
+    told.flush()
+    namespaces.setns(namespace, namespaces.CLONE_NEWNS)
+    root = open_tree(directory, order.root, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE)
+    told.add("validating init")
+    told.flush()
+    command.validate(root, order.argv)
+    namespaces.setns(home, namespaces.CLONE_NEWNS)
+    for descriptor in (namespace, directory, home):
+        os.close(descriptor)  # the image is not to find them in /proc/self/fd
+    return root
+
+
 def _enter(
-    order: Start, steps: Sequence[Step], trees: Mapping[str, int], log: logs.Writer, root: int, host: int | None = None
+    root: int, order: Start, steps: Sequence[Step], trees: Mapping[str, int], log: logs.Writer, host: int | None = None
 ) -> None:
     """Make the image the root, and all that a container finds in it. What is done is in the log before the next step
     is begun, which may wait for storage or fail."""
-    mount_setattr(root, "", propagation=MS_PRIVATE, recursive=True)
+    mount_setattr(root, "", clear=order.cleared, propagation=MS_PRIVATE, recursive=True)
     log.add("making all mounts private", "preparing image")
     log.flush()
     _change_root(root)

@@ -1,17 +1,19 @@
 """What the server and the supervisor say to each other: JSON, one message a packet of a SOCK_SEQPACKET socket.
 
 The server sends a `Call` and gets a `Reply` of the same number; a `Reply` numbered 0 is news that nobody asked for.
-The first call is `Hello`, and the two must speak one version. `Start` carries the root's tree as a descriptor.
+The first call is `Hello`, and the two must speak one version. With a `Start` come two descriptors: of the mount
+namespace that the server works in, and of the directory there in which the root is mounted.
 """
 
 from __future__ import annotations
 
 import socket
+from array import array
 from typing import Any
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 MESSAGE = 192 << 10
 """The largest packet in bytes; a socket's buffer, 208 KiB by default, must hold it."""
 PAGE = 500
@@ -32,17 +34,23 @@ class Hello(Message, frozen=True):
 
 
 class Start(Message, frozen=True, kw_only=True):
-    """Execute `argv` in the root that comes with it: answered by Started when it has been executed.
+    """Execute `argv` in a copy of what is mounted at `root`, a name in the directory that comes with it: answered by
+    Started when it has been executed.
 
-    `logfile` is a name in the site's logs directory, `mark` the container's own (Site.mark). Without a `hostname`
-    the host's is kept. `timeout`: seconds until a program that storage does not deliver is given up.
+    `cleared` are attributes of the mounts there (mount_setattr(2)) that the copy is not to have. `logfile` is a name in
+    the site's logs directory, which is told the lines `told` first; `mark` is the container's own (Site.mark). Without
+    a `hostname` the host's is kept. `timeout`: seconds until what storage does not deliver, root or program, is given
+    up.
     """
 
     id: int
     attempt: int
+    root: str
     argv: list[str]
     logfile: str
     mark: str
+    cleared: int = 0
+    told: list[str] = []
     systemd: bool = False
     hostname: str | None = None
     environment: dict[str, str] = {}
@@ -151,15 +159,18 @@ class Reply(msgspec.Struct, frozen=True):
     body: Answer
 
 
+_INT = array("i").itemsize
 encode = msgspec.json.Encoder().encode
 decode_call = msgspec.json.Decoder(Call).decode
 decode_reply = msgspec.json.Decoder(Reply).decode
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and the descriptors that came with it, which close on exec; b"" when the other end is gone.
+    """One packet and the descriptors that came with it, three at most, which close on exec; b"" when the other end is
+    gone. Not by socket.recv_fds, which does not pass its flags on.
 
     Raises: BlockingIOError.
     """
-    data, descriptors, _, _ = socket.recv_fds(channel, MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
-    return data, descriptors
+    data, control, _, _ = channel.recvmsg(MESSAGE, socket.CMSG_SPACE(3 * _INT), socket.MSG_CMSG_CLOEXEC)
+    packed = b"".join(data for _, kind, data in control if kind == socket.SCM_RIGHTS)
+    return data, list(array("i", packed))
