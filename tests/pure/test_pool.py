@@ -14,11 +14,14 @@ import pytest
 
 from imageapi.config import Site
 from imageapi.drivers import progress
+from imageapi.engine import pool as pooling
 from imageapi.engine import worker, zygote
 from imageapi.engine.graph import Graph
 from imageapi.engine.jobs import GivenUp, Jobs
 from imageapi.engine.pool import PER_STORE, Chain, Job, Pool
 from imageapi.errors import Invalid, Problem, TimedOut
+from imageapi.records import Record
+from imageapi.spec import Mount
 
 pytestmark = pytest.mark.pure
 
@@ -271,6 +274,25 @@ def test_a_job_that_moves_is_not_late(host: Host) -> None:
         assert job.progress == progress.Progress("step 2", 2, 3)
 
     act(scenario, timeout=limit)
+
+
+def test_how_far_a_long_job_is_stands_in_the_log_now_and_then(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    record = Record(id=3, spec=Mount(kind="uri"), token=1)
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        job = Job("acquire", record)
+        job.hear(progress.Progress("fetching from here", 1, 4))
+        assert caplog.messages == [], "what is soon over is not worth a line"
+        monkeypatch.setattr(pooling, "LOGGED_EVERY", -1.0)
+        job.hear(progress.Progress("fetching from here", 2, 4))
+        job.hear(progress.Progress("mounting"))
+        said = ["acquire of mount 3: fetching from here, 2 bytes of 4", "acquire of mount 3: mounting"]
+        assert caplog.messages == said
+
+    act(scenario)
 
 
 def test_a_job_that_stands_still_is_late_and_leaves_off_when_it_goes_on(host: Host) -> None:

@@ -24,6 +24,10 @@ class Progress(NamedTuple):
     done: int | None = None
     total: int | None = None
 
+    def __str__(self) -> str:
+        done = "" if self.done is None else f", {self.done} bytes"
+        return f"{self.step}{done}{'' if self.total is None else f' of {self.total}'}"
+
 
 Listener = Callable[[Progress], None]
 _listener: ContextVar[Listener | None] = ContextVar("progress", default=None)

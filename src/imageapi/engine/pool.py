@@ -48,7 +48,7 @@ class Job:
         """When that was, in seconds of the monotonic clock."""
         self.since = time.time()
         """When it was asked for, in seconds since the epoch."""
-        self._logged = 0.0
+        self._logged = time.monotonic()
 
     @property
     def about(self) -> AnyRecord | None:
@@ -60,7 +60,7 @@ class Job:
         self.progress, self.moved = progress, time.monotonic()
         if self.moved - self._logged > LOGGED_EVERY and self.about is not None:
             self._logged = self.moved
-            log.info("%s of %s: %s, %s of %s bytes", self.name, self.about.key, *progress)
+            log.info("%s of %s: %s", self.name, self.about.key, progress)
 
 
 class Chain:

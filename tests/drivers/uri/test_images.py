@@ -14,7 +14,7 @@ import pytest
 from drivers.bench import Bench
 from imageapi.drivers.uri import room
 from imageapi.errors import Exhausted, Invalid, Problem
-from imageapi.linux import loop, memory, mountinfo
+from imageapi.linux import loop, memory, mount, mountinfo
 from imageapi.records import AnyRecord
 from lab import images
 from lab.archives import Member, archive
@@ -55,7 +55,8 @@ def test_an_image_is_mounted_read_only(bench: Bench, web: Web, format: Format) -
     assert Path(record.facts.mountpoint or "", "bin/busybox").stat().st_size > 100_000
     found = mounted(bench, record)
     assert (found.fstype, found.source) == (format, record.facts.detail["device"])
-    assert {"ro", "nodev"} <= set(found.options.split(","))
+    assert {"ro", "nodev", "nosuid"} <= set(found.options.split(","))
+    assert record.facts.detail["staging"] == mount.MOUNT_ATTR_NOSUID
     state = loop.status(found.source)
     assert state is not None
     assert (state.name, state.read_only) == (bench.site.mark(record.key), True)
@@ -67,7 +68,8 @@ def test_a_tar_is_in_a_tmpfs_that_carries_our_mark(bench: Bench) -> None:
     record = bench.acquire(bench.uri(f"file://{file}", max_size=1 << 20))
     found = mounted(bench, record)
     assert (found.fstype, found.source) == ("tmpfs", bench.site.mark(record.key))
-    assert "nodev" in found.options.split(",")
+    assert {"nodev", "nosuid"} <= set(found.options.split(","))
+    assert record.facts.detail["staging"] == mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV
     assert os.statvfs(record.facts.mountpoint or "").f_blocks * 4096 == 1 << 20
 
 

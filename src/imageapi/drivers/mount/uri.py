@@ -8,6 +8,7 @@ holds its file, and lets go of all memory with it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
@@ -25,6 +26,8 @@ from imageapi.linux.mountinfo import Mount
 from imageapi.linux.whole import write_all
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Loopback, Uri, without_secrets
+
+log = logging.getLogger(__name__)
 
 IMAGE = "image"
 """The name of an image in its tmpfs."""
@@ -55,7 +58,9 @@ class Driver(LocalDriver):
             else:
                 mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
             undo.callback(mount.umount, path)
-            detail = {**mounts.made(record, site), **({"device": device} if device else {})}
+            detail = {**mounts.made(record, site), "staging": room.ATTRIBUTES}
+            if device:
+                detail |= {"device": device, "staging": mount.MOUNT_ATTR_NOSUID}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 
@@ -129,7 +134,7 @@ def _filled(mark: str, bounds: Room, pieces: Generator[bytes], definition: Uri) 
         tree = room.make(mark, bounds.size)
         undo.callback(os.close, tree)
         try:
-            _fill(tree, bounds, pieces, definition)
+            _fill(mark, tree, bounds, pieces, definition)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -138,14 +143,15 @@ def _filled(mark: str, bounds: Room, pieces: Generator[bytes], definition: Uri) 
     return tree
 
 
-def _fill(tree: int, bounds: Room, pieces: Generator[bytes], definition: Uri) -> None:
+def _fill(mark: str, tree: int, bounds: Room, pieces: Generator[bytes], definition: Uri) -> None:
     if fs_type := image_type(definition):
         _keep(tree, bounds, pieces, fs_type)
         return
     from imageapi.drivers.uri.compression import unpacked
     from imageapi.drivers.uri.unpack import unpack
 
-    unpack(tree, unpacked(pieces))
+    if left_out := unpack(tree, unpacked(pieces)):
+        log.info("%s: %d device nodes of the archive are left out", mark, left_out)
 
 
 def _keep(tree: int, bounds: Room, pieces: Generator[bytes], fs_type: str) -> None:
@@ -200,7 +206,7 @@ def _attached(tree: int, mark: str, undo: ExitStack) -> str:
 
 def _mount(device: str, path: str, fs_type: str) -> None:
     try:
-        mount.mount(device, path, fs_type, mount.MS_RDONLY | mount.MS_NODEV, "")
+        mount.mount(device, path, fs_type, mount.MS_RDONLY | mount.MS_NODEV | mount.MS_NOSUID, "")
     except OSError as error:
         raise _refusal(error, device, fs_type) from None
 

@@ -17,6 +17,8 @@ RESERVE = 64 << 20
 INODE = 1024
 """Bytes that an inode and its name cost the kernel, about."""
 FEWEST_INODES = 4096
+ATTRIBUTES = mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOSUID
+"""Of the mount where the host's users see it, and not in a container, which may make nodes in it as in any tmpfs."""
 LOOK_EVERY = 16 << 20
 """Bytes between two looks at what is still free."""
 Bound = Literal["asked", "free", "share"]
@@ -71,7 +73,7 @@ def make(mark: str, size: int) -> int:
     try:
         options = (("size", str(size)), ("nr_inodes", str(inodes)), ("mode", "0755"))
         mount.configure(context, mark, options)
-        return mount.fsmount(context, mount.MOUNT_ATTR_NODEV)
+        return mount.fsmount(context, ATTRIBUTES)
     finally:
         os.close(context)
 

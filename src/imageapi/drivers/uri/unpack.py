@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 import tarfile
@@ -22,8 +21,6 @@ from imageapi.drivers.uri.archive import Stream, members
 from imageapi.errors import Invalid
 from imageapi.linux.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from imageapi.linux.whole import write_all
-
-log = logging.getLogger(__name__)
 
 _BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -49,8 +46,8 @@ class Place(NamedTuple):
         return f"{self.directory}/{self.name}" if self.directory else self.name
 
 
-def unpack(root: int, pieces: Iterator[bytes]) -> None:
-    """Make all members of the archive below the directory `root`.
+def unpack(root: int, pieces: Iterator[bytes]) -> int:
+    """Make all members of the archive below the directory `root`; how many were left out.
 
     Raises: errors.Problem, naming the member; OSError, ENOSPC when there is no room.
     """
@@ -60,6 +57,7 @@ def unpack(root: int, pieces: Iterator[bytes]) -> None:
         for member in members(stream):
             tree.add(member, stream)
         tree.finish()
+        return tree.left_out
     finally:
         tree.close()
 
@@ -74,7 +72,7 @@ class _Tree:
         """The last directory something was made in, and its path: mostly the next is made there, too."""
         self._times: list[tuple[str, int]] = []
         """The directories and their times, which what is made in them would change."""
-        self._left_out = 0
+        self.left_out = 0
 
     def close(self) -> None:
         os.close(self._directory)
@@ -97,12 +95,10 @@ class _Tree:
                 os.utime(directory, ns=(moment, moment))
             finally:
                 os.close(directory)
-        if self._left_out:
-            log.warning("%d device nodes of the archive were left out", self._left_out)
 
     def _add(self, member: tarfile.TarInfo, stream: Stream) -> None:
         if member.isblk() or member.ischr():
-            self._left_out += 1
+            self.left_out += 1
             return
         place = _place(member.name)
         if member.isdir():
