@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,11 +136,14 @@ class Bench:
         """The small image, mounted read-only."""
         return self.acquire(self.attach(self.acquire(self.loopback(format)), format))
 
-    def disk(self) -> AnyRecord:
-        """An ext4 of this test's own, mounted to be written."""
-        image = f"{self.site.run_dir}/disk-{next(self._numbers)}"
-        shutil.copyfile(images.small_image("ext4"), image)
-        return self.acquire(self.attach(self.acquire(self.loopback(path=image, ro=False)), "ext4"))
+    def disk(self, fs_type: str = "ext4") -> AnyRecord:
+        """A disk of this test's own, mounted to be written."""
+        image = Path(f"{self.site.run_dir}/disk-{next(self._numbers)}")
+        if fs_type == "ext4":
+            shutil.copyfile(images.small_image("ext4"), image)
+        else:
+            formatted(image, fs_type, "300M")
+        return self.acquire(self.attach(self.acquire(self.loopback(path=str(image), ro=False)), fs_type))
 
     def layered(self, *below: AnyRecord) -> AnyRecord:
         """An overlay over these, or over the small image."""
@@ -211,6 +215,13 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
 def stored(record: AnyRecord) -> AnyRecord:
     """The record as another process reads it from the state directory."""
     return records.decode(record.key.collection, records.encode(record))
+
+
+def formatted(image: Path, fs_type: str, size: str) -> Path:
+    """An empty file system in a file."""
+    subprocess.run(["truncate", "-s", size, image], check=True)
+    subprocess.run([f"mkfs.{fs_type}", "-q", image], check=True)
+    return image
 
 
 def place(record: AnyRecord) -> Path:

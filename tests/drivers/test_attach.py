@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from drivers.bench import Bench, place, standing, traces
+from drivers.bench import Bench, formatted, place, standing, traces
 from imageapi.drivers import filesystem_options
 from imageapi.drivers.mount_options import Option
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
@@ -47,6 +47,7 @@ def test_options_reach_the_kernel(bench: Bench) -> None:
         (["ro", "frobnicate=7"], "option 'frobnicate=7': ext4 has no such option"),
         (["ro", "errors=panic"], "option 'errors=panic': its value must be continue or remount-ro"),
         (["ro", "nolaod"], "did you mean 'noload'?"),
+        (["ro", "noatiem"], "did you mean 'noatime'?"),
         (["ro", "journal_dev=259"], "names another device of the host"),
         (["ro", "noatime,dev"], "device nodes of an image mean nothing"),
         (["ro", "offset=1048576"], "give the number of the partition"),
@@ -107,12 +108,6 @@ def test_other_disks_are_written_and_read_again(bench: Bench, run_dir: Path, fs_
     bench.release(writable)
     on = bench.acquire(bench.loopback(path=str(image), ro=True))
     assert (place(bench.acquire(bench.attach(on, fs_type))) / "file").read_text() == "kept"
-
-
-def formatted(image: Path, fs_type: str, size: str) -> Path:
-    subprocess.run(["truncate", "-s", size, image], check=True)
-    subprocess.run([f"mkfs.{fs_type}", "-q", image], check=True)
-    return image
 
 
 def test_a_copy_of_what_is_mounted_is_a_conflict_with_a_remedy(bench: Bench, run_dir: Path) -> None:

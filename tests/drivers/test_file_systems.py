@@ -57,6 +57,12 @@ def test_the_kernel_loads_what_a_file_system_needs(guest: Guest, server: GuestSe
         problem = server.refused("POST", "/mount/loopback", 422, mount(other))
         assert f"type {fs_type}, not {other}" in problem["message"]
         assert server.everything() == []
+    guest.sh(f"rm -f /tmp/disk; {MAKE['vfat']} >/dev/null")
+    vfat, memory = ({"kind": "loopback", "loopback": mount("vfat")}, {"kind": "tmpfs", "tmpfs": {"size": "1M"}})
+    problem = server.refused("POST", "/mount/overlay", 422, {"lower": [memory], "upper": vfat})
+    assert (problem["path"], "use ext4, xfs, btrfs or tmpfs" in problem["message"]) == ("$.upper", True)
+    problem = server.refused("POST", "/mount/overlay", 422, {"lower": [memory, vfat]})
+    assert (problem["path"], "no overlay over this file system" in problem["message"]) == ("$.lower[1]", True)
     problem = server.refused("POST", "/mount/loopback", 501, mount("befs2"))
     assert (problem["path"], "'modprobe befs2' must succeed" in problem["message"]) == ("$.fs_type", True)
     guest.sh("rm /tmp/disk")

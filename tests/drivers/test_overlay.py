@@ -195,8 +195,9 @@ def message(record: AnyRecord) -> Path:
     return place(record) / "data/message"
 
 
-def test_what_is_written_to_a_disk_is_there_for_the_next_overlay(bench: Bench) -> None:
-    lower, disk = bench.mounted(), bench.disk()
+@pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
+def test_what_is_written_to_a_disk_is_there_for_the_next_overlay(bench: Bench, fs_type: str) -> None:
+    lower, disk = bench.mounted(), bench.disk(fs_type)
     for found, written in (("written when the image was made\n", "first"), ("first", "second")):
         record = bench.acquire(bench.overlay(lower, upper=disk))
         assert message(record).read_text() == found

@@ -87,7 +87,7 @@ def _meant(name: str, table: Mapping[str, Option]) -> str:
     """The nearest name, as the end of a sentence."""
     import difflib
 
-    known = [known for known, option in table.items() if not option.refused]
+    known = [known for known in (*table, *mount.FLAGS) if known not in table or not table[known].refused]
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
 

@@ -197,7 +197,7 @@ def explain(fstype: str, source: str | None, options: Mapping[str, str | None]) 
 
 _ATIME = MS_NOATIME | MS_RELATIME | MS_STRICTATIME
 
-_FLAGS: dict[str, tuple[int, int]] = {
+FLAGS: dict[str, tuple[int, int]] = {
     "ro": (MS_RDONLY, 0),
     "rw": (0, MS_RDONLY),
     "nosuid": (MS_NOSUID, 0),
@@ -237,8 +237,8 @@ def split_options(options: Sequence[str]) -> tuple[int, list[str]]:
     An item may hold several, with commas between them; a comma in double quotes divides nothing."""
     flags, data = 0, []
     for option in (part for item in options for part in at_commas(item)):
-        if option in _FLAGS:
-            add, remove = _FLAGS[option]
+        if option in FLAGS:
+            add, remove = FLAGS[option]
             flags = flags & ~remove | add
         elif option not in _FOR_FSTAB and not option.startswith("x-"):
             data.append(option)

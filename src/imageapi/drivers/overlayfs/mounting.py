@@ -46,7 +46,7 @@ def _mount_again(source: str, path: str, layers: Layers) -> None:
         try:
             _mount_either_way(source, path, layers)
         except OSError as error:
-            refused = _refusal(error, log.about("overlayfs"))
+            refused = _refusal(error, layers, log.about("overlayfs:", "overlay:"))
             if refused is None:
                 raise
             raise refused from None
@@ -90,15 +90,14 @@ def _mount_layer_by_layer(source: str, path: str, layers: Layers, places: list[t
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def _refusal(error: OSError, words: str) -> Problem | None:
+def _refusal(error: OSError, layers: Layers, words: str) -> Problem | None:
     """What the kernel's refusal means, or None when it says all there is to say."""
     words = "; ".join(filter(None, (words, getattr(error, "detail", ""))))
     fields = {"errno": errno.errorcode.get(error.errno or 0, ""), "detail": words}
     if "lowerdir+" in words:
         return Unsupported("so many lower mounts need Linux 6.7 or later; give fewer", path="$.lower", **fields)
-    if "not supported as upperdir" in words:
-        sentence = "the kernel writes to no upper on this file system: use ext4, xfs, btrfs or tmpfs (in NFS: an image"
-        return Invalid(f"{sentence} of one, attached as loopback)", path="$.upper", **fields)
+    if found := re.search(r"filesystem on (.+?) not supported", words):
+        return _unsuitable(found[1], layers, fields)
     match error.errno:
         case errno.ELOOP:
             sentence = "one of the mounts lies within another; leave it out"
@@ -111,6 +110,15 @@ def _refusal(error: OSError, words: str) -> Problem | None:
         case errno.EINVAL if words:
             return Invalid(f"the kernel makes no overlay of these: {words}", path=_about(words), **fields)
     return None
+
+
+def _unsuitable(place: str, layers: Layers, fields: dict[str, str]) -> Problem:
+    """The refusal of a file system: names in it must be what they are, byte for byte, and nobody else may write it."""
+    if place in layers.lowers:
+        sentence = "the kernel makes no overlay over this file system; copy what is on it to another"
+        return Invalid(sentence, path=f"$.lower[{layers.lowers.index(place)}]", **fields)
+    sentence = "the kernel writes to no upper on this file system: use ext4, xfs, btrfs or tmpfs (in NFS, an image of "
+    return Invalid(f"{sentence}one, attached as loopback)", path="$.upper", **fields)
 
 
 def _about(words: str) -> str:
