@@ -27,7 +27,9 @@ CONF = """\
 [global]
 fsid = {fsid}
 mon initial members = a
-mon host = [v2:{address}:3300,v1:{address}:6789]
+mon host = [v2:{bracketed}:3300,v1:{bracketed}:6789]
+ms bind ipv4 = {v4}
+ms bind ipv6 = {v6}
 public addr = {address}
 cluster addr = {address}
 auth cluster required = cephx
@@ -96,6 +98,10 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds} s")
         time.sleep(0.05)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 class Cluster:
@@ -248,9 +254,19 @@ class Cluster:
         for name in ("mon", "osd", "crash"):
             os.makedirs(self._path(name), exist_ok=True)
         with open(self.conf, "w", encoding="utf-8") as conf:
-            conf.write(CONF.format(fsid=self.fsid, address=self.monitor, directory=self.directory))
+            conf.write(
+                CONF.format(
+                    fsid=self.fsid,
+                    address=self.monitor,
+                    bracketed=_bracketed(self.monitor),
+                    directory=self.directory,
+                    v6=str(":" in self.monitor).lower(),
+                    v4=str(":" not in self.monitor).lower(),
+                )
+            )
         self._make_keyrings()
-        address = f"[v2:{self.monitor}:3300,v1:{self.monitor}:6789]"
+        bracketed = _bracketed(self.monitor)
+        address = f"[v2:{bracketed}:3300,v1:{bracketed}:6789]"
         _run("monmaptool", "--create", "--fsid", self.fsid, "--addv", "a", address, self._path("monmap"))
         _run(
             *self._enter,

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SEARCH = ("/imageapi/src", "/imageapi/tests", "/imageapi", "/lab/packages")
+SEARCH = ("/lab/src", "/imageapi/src", "/imageapi/tests", "/imageapi", "/lab/packages")
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
 
 

@@ -17,6 +17,7 @@ address. What a test sets up in the guest outside of the API, and does not take 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import pytest
 from lab.ceph import Cluster
 from lab.guest.guest import Guest, restored
 from lab.guest.network import SERVER, Network, network
-from lab.guest.server import GuestServer
+from lab.guest.server import GuestServer, serving
 from lab.guest.state import State, booted
 from lab.machine import Machine
 
@@ -54,13 +55,25 @@ def guest_state() -> State:
     return booted()
 
 
+@pytest.fixture(scope="session")
+def guest_serving(machine: Machine, guest_state: State, lab_network: Network) -> Iterator[tuple[State, int]]:
+    """The state in which the server runs, and the server's pid."""
+    directory = machine.session.disk / "guest"
+    with machine.expecting():
+        directory.mkdir()
+    yield serving(guest_state, lab_network, directory)
+    shutil.rmtree(directory)
+
+
 @pytest.fixture
-def guest(guest_state: State, lab_network: Network, run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
-    """A fresh guest, which the test must leave as it was."""
+def guest(lab_network: Network, run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A fresh guest, which the test must leave as it was. For a test with `guest_server` the server runs in it."""
+    with_server = "guest_server" in request.fixturenames
+    state = request.getfixturevalue("guest_serving")[0] if with_server else request.getfixturevalue("guest_state")
     directory = run_dir / "guest"
     directory.mkdir()
-    request.config.stash.setdefault(GUESTS, []).append(guest_state.shape.root.release)
-    with restored(guest_state, lab_network, directory) as guest:
+    request.config.stash.setdefault(GUESTS, []).append(state.shape.root.release)
+    with restored(state, lab_network, directory) as guest:
         before = guest.look()
         yield guest
         if left := guest.left(before):
@@ -68,10 +81,9 @@ def guest(guest_state: State, lab_network: Network, run_dir: Path, request: pyte
 
 
 @pytest.fixture
-def guest_server(guest: Guest) -> Iterator[GuestServer]:
+def guest_server(guest: Guest, guest_serving: tuple[State, int]) -> Iterator[GuestServer]:
     """A server in the guest. What the test left in it is deleted at the end."""
-    server = GuestServer(guest)
-    server.start()
+    server = GuestServer(guest, pid=guest_serving[1])
     yield server
     server.remove()
 

@@ -25,8 +25,9 @@ MOUNT_CHECKOUT = "mount -t 9p -o trans=virtio,version=9p2000.L,cache=loose,ro,ms
 class Guest:
     """A small Debian that runs a stock kernel, with this checkout at /imageapi, read only."""
 
-    def __init__(self, link: Link, directory: Path) -> None:
+    def __init__(self, link: Link, machine: Qemu, directory: Path) -> None:
         self.link = link
+        self.machine = machine
         self.api_socket = directory / "api"
         self._expected: set[str] = set()
 
@@ -71,6 +72,11 @@ class Guest:
         """Call `module:function` of the checkout (`src` and `tests`) in the guest, with what JSON can carry."""
         return self.link.call(name, *arguments)
 
+    def save(self, state: State) -> None:
+        """Make this a state, whose memory it was restored from to `keep`. The guest stops."""
+        self.link.close()
+        self.machine.save(state.devices)
+
     # ---------------------------------------------------------------------------------------------------- files
 
     def put(self, source: Path, path: str) -> str:
@@ -110,18 +116,19 @@ class Guest:
 
 
 @contextlib.contextmanager
-def restored(state: State, network: Network, directory: Path) -> Iterator[Guest]:
-    """A guest, and at the end nothing of it. Its sockets and logs are in `directory`."""
+def restored(state: State, network: Network, directory: Path, *, keep: bool = False) -> Iterator[Guest]:
+    """A guest, and at the end nothing of it. Its sockets and logs are in `directory`. With `keep` the state's own
+    memory is written to, so that `Guest.save` can make another state of it."""
     port = network.new_port()
     machine = Qemu(state.shape, state.memory, directory, prefix=network.enter)
-    machine.start(incoming=True, ports=(f"tcp:127.0.0.1:{port}-:80",))
+    machine.start(incoming=True, share=keep, ports=(f"tcp:127.0.0.1:{port}-:80",))
     with contextlib.ExitStack() as undo:
         undo.callback(machine.stop)
         machine.load(state.devices)
         link = Link(machine)
         undo.callback(link.close)
         link.wake()
-        guest = Guest(link, directory)
+        guest = Guest(link, machine, directory)
         guest.run(*MOUNT_CHECKOUT.split())
         undo.enter_context(_forwarded(guest.api_socket, port, network))
         yield guest

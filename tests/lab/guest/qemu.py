@@ -60,13 +60,16 @@ class Qemu:
         self._memory = memory
         self._prefix = prefix
 
-    def start(self, incoming: bool = False, ports: tuple[str, ...] = ()) -> None:
-        """Boot, or with `incoming` wait for a state. `ports` are forwarded ones, in QEMU's words (hostfwd)."""
-        share = "off" if incoming else "on"
+    def start(self, incoming: bool = False, share: bool = True, ports: tuple[str, ...] = ()) -> None:
+        """Boot, or with `incoming` wait for a state. With `share` the memory's file is what is written to, and left for
+        a state to be saved. `ports` are forwarded ones, in QEMU's words (hostfwd)."""
         forward = "".join(f",hostfwd={port}" for port in ports)
         command = [
             *(*DIE_WITH_US, *self._prefix, *self._shape.words()),
-            *("-object", f"memory-backend-file,id=memory,size={MEMORY},mem-path={self._memory},share={share}"),
+            *(
+                "-object",
+                f"memory-backend-file,id=memory,size={MEMORY},mem-path={self._memory},share={'on' if share else 'off'}",
+            ),
             *("-netdev", f"user,id=net,ipv4=on,ipv6=on{forward}"),
             *(*self._socket("agent"), *self._socket("terminal")),
             *("-chardev", f"file,id=log,path={self.directory / 'console.log'}"),

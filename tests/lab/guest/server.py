@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import httpx
 
-from lab.guest.guest import Guest
+from lab.guest.guest import Guest, restored
 from lab.guest.link import GuestError
+from lab.guest.network import Network
+from lab.guest.state import State
+from lab.images import small_image
 from lab.server import Api, eventually
 
 RUN_DIR = "/run/imageapi"
@@ -17,10 +23,11 @@ STARTS = 60.0
 class GuestServer(Api):
     """`imageapi-server` of this checkout. It may be stopped, killed and started again."""
 
-    def __init__(self, guest: Guest, *options: str) -> None:
+    def __init__(self, guest: Guest, *options: str, pid: int = 0) -> None:
+        """With `pid` it runs already."""
         super().__init__(guest.api_socket)
         self.guest = guest
-        self.pid = 0
+        self.pid = pid
         self._options = options
 
     def start(self) -> None:
@@ -65,3 +72,32 @@ class GuestServer(Api):
         self.http.close()
         self.guest.run("rm", "-rf", "--one-file-system", RUN_DIR, LOG)
         self.guest.run("mkdir", RUN_DIR)
+
+
+# ----------------------------------------------------------------------------------- a state in which it runs
+
+
+def serving(state: State, network: Network, directory: Path) -> tuple[State, int]:
+    """A state like `state` in which the server runs and has served, and its pid: starting it under emulation takes
+    seconds. Its code is in the guest's memory, since what is shared keeps a state from being saved."""
+    saved = State(state.shape, directory / "state")
+    saved.directory.mkdir()
+    for name in ("memory", "devices"):
+        subprocess.run(["cp", "--sparse=always", state.directory / name, saved.directory / name], check=True)
+    with restored(saved, network, directory, keep=True) as guest:
+        guest.sh("cp -r /imageapi/src /lab/src; umount /imageapi")
+        server = GuestServer(guest)
+        server.start()
+        _serve_once(server)
+        guest.save(saved)
+    return saved, server.pid
+
+
+def _serve_once(server: GuestServer) -> None:
+    """What is imported for the first request is imported; the connection is closed before the state is saved."""
+    path = server.guest.put(small_image(), "/tmp/image")
+    mount = {"fs_type": "squashfs", "mount_options": ["ro"], "loopback": {"path": path, "base": "root", "ro": True}}
+    made = server.post("/mount/loopback", mount)
+    server.delete(f"/mount/loopback/{made['id']}")
+    server.guest.run("rm", path)
+    server.http.close()
