@@ -13,7 +13,7 @@ import pytest
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers.attach.rbd import Driver
-from imageapi.drivers.ceph import kernel, keys, monitors, options
+from imageapi.drivers.ceph import kernel, keys, monitors, options, refusals
 from imageapi.drivers.ceph.monitors import Address, Monitor
 from imageapi.linux import krbd
 from imageapi.records import Key
@@ -241,11 +241,12 @@ def bus(root: Path, *, single_major: bool = True) -> str:
     return str(root)
 
 
-def mapped(root: str, number: int, options_text: str, snapshot: str = "-") -> None:
+def mapped(root: str, number: int, options_text: str, snapshot: str = "-", image_id: str = "1") -> None:
     device = Path(root, "devices", str(number))
     device.mkdir()
     (device / "config_info").write_text(f"10.0.0.1:6789 {options_text} pool image {snapshot}\n")
-    for name, text in {"pool": "pool", "name": "image", "current_snap": snapshot}.items():
+    data = krbd.Data("11111111-0000-0000-0000-000000000000", "1", "", image_id, "2")
+    for name, text in zip(krbd.DATA, data, strict=True):
         (device / name).write_text(f"{text}\n")
 
 
@@ -266,24 +267,25 @@ def test_a_driver_that_is_not_there(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "add")
 
 
-def test_a_device_is_found_by_its_mark(tmp_path: Path) -> None:
+def test_a_device_is_found_by_its_mark_and_its_image(tmp_path: Path) -> None:
     site = Site(instance="12345678")
     root = bus(tmp_path / "rbd")
     mapped(root, 0, "name=admin,key=client.admin")
     mapped(root, 10, "name=me,key=imageapi:12345678:attach/1,_pool_ns=ns,ro")
     mapped(root, 2, "name=me,key=imageapi:12345678:attach/11", "one")
-    device = kernel.find(Key("attach", 1), site, root)
+    device = kernel.find(Key("attach", 1), rbd(namespace="ns"), site, root)
     assert device is not None
     assert (device.file, device.image.namespace, device.read_only) == ("/dev/rbd10", "ns", True)
-    assert kernel.observe(Key("attach", 11), site, root) == "/dev/rbd2"
-    assert kernel.observe(Key("attach", 2), site, root) is None
+    assert kernel.observe(Key("attach", 11), rbd("one"), site, root) == "/dev/rbd2"
+    for key, other in ((1, rbd()), (11, rbd("two")), (11, rbd()), (2, rbd("one"))):
+        assert kernel.observe(Key("attach", key), other, site, root) is None
     assert [each.id for each in krbd.devices(root)] == [0, 2, 10]
 
 
 def test_releasing_what_is_not_mapped_does_nothing(tmp_path: Path) -> None:
-    kernel.release(Key("attach", 1), Site(), str(tmp_path / "none"))
+    kernel.release(Key("attach", 1), rbd(), Site(), str(tmp_path / "none"))
     root = bus(tmp_path / "rbd")
-    kernel.release(Key("attach", 1), Site(), root)
+    kernel.release(Key("attach", 1), rbd(), Site(), root)
     assert Path(root, "remove_single_major").read_text() == ""
 
 
@@ -291,23 +293,56 @@ def test_a_release_unmaps_our_device(tmp_path: Path) -> None:
     site = Site(instance="12345678")
     root = bus(tmp_path / "rbd")
     mapped(root, 4, f"key={site.mark(Key('attach', 1))}")
-    kernel.release(Key("attach", 1), site, root)
+    kernel.release(Key("attach", 1), rbd(), site, root)
     assert Path(root, "remove_single_major").read_text() == "4"
 
 
+LOG = "rbd: image image: image uses unsupported features: 0x440"
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "word"),
+    ("number", "log", "code", "word"),
     [
-        (errno.EACCES, 422, "client.me"),
-        (errno.EPERM, 422, "profile rbd-read-only pool=pool"),
-        (errno.ENOENT, 422, "no image 'image'"),
-        (errno.ETIMEDOUT, 504, "10.0.0.1"),
-        (errno.EINVAL, 501, "rbd info pool/image"),
-        (errno.EIO, 500, "image"),
+        (errno.EACCES, "", 422, "client.me"),
+        (errno.EPERM, "", 422, "profile rbd pool=pool"),
+        (errno.ENOENT, "", 422, "'pool/image'"),
+        (errno.ENOENT, "rbd: pool pool does not exist", 422, "no pool 'pool'"),
+        (errno.ENOENT, "rbd: image pool/image does not exist", 422, "no image 'image'"),
+        (errno.ENOENT, "rbd: image pool/other does not exist", 422, "'pool/image'"),
+        (errno.ETIMEDOUT, "", 504, "10.0.0.1"),
+        (errno.ETIMEDOUT, "rbd: rbd0: failed to acquire exclusive lock: -110", 409, "rbd lock ls pool/image"),
+        (errno.EROFS, "", 409, "rbd lock ls pool/image"),
+        (errno.ESHUTDOWN, "", 409, "blocklist"),
+        (errno.ENXIO, LOG, 501, "journaling non-primary"),
+        (errno.EINVAL, "libceph: Unknown parameter 'rxbounce'", 501, "rxbounce"),
+        (errno.EINVAL, "libceph: Failed to parse fsid: -22", 422, "Failed to parse fsid"),
+        (errno.EIO, "", 500, "image"),
     ],
 )
-def test_the_kernels_errors_in_the_users_terms(number: int, code: int, word: str) -> None:
-    found = kernel.explain(OSError(number, "words"), rbd(name="me"))
+def test_the_kernels_errors_in_the_users_terms(number: int, log: str, code: int, word: str) -> None:
+    found = refusals.explain(OSError(number, "words"), rbd(name="me"), refusals.Said(log))
     assert found.code == code
     assert word in found.message
     assert found.fields["errno"] == errno.errorcode[number]
+
+
+@pytest.mark.parametrize(
+    ("messengers", "mode", "told"),
+    [
+        (["v1"], None, (["a:1"], [])),
+        (["v2"], None, (["a:1"], ["ms_mode=prefer-crc"])),
+        (["v2", "v1"], None, (["b:2"], [])),
+        (["v2", "v1"], "secure", (["a:1"], [])),
+        (["v1"], "crc", None),
+        (["v2"], "legacy", None),
+    ],
+)
+def test_the_kernel_is_told_of_monitors_that_speak_its_way(
+    messengers: list[str], mode: str | None, told: tuple[list[str], list[str]] | None
+) -> None:
+    found = [Address(ip, port, each) for ip, port, each in zip("ab", (1, 2), messengers, strict=False)]
+    if told is not None:
+        assert kernel.spoken_to(found, mode) == told
+    else:
+        with pytest.raises(errors.Invalid, match="ms_mode"):
+            kernel.spoken_to(found, mode)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 BUS = "/sys/bus/rbd"
 
+DATA = ("cluster_fsid", "pool_id", "pool_ns", "image_id", "snap_id")
+"""The files that `Data` is read from."""
+
 
 class Image(NamedTuple):
     """The image a device stands for. `monitors` are as they were written; `snapshot` is None for the image itself."""
@@ -23,13 +26,29 @@ class Image(NamedTuple):
     snapshot: str | None
 
 
+class Data(NamedTuple):
+    """What the cluster knows an image by, whatever its names are. `snapshot` is the kernel's number for it."""
+
+    cluster: str
+    pool: str
+    namespace: str
+    image: str
+    snapshot: str
+
+
 class Device(NamedTuple):
-    """A mapped image. `options` are those it was mapped with, without the ones that name the user's key."""
+    """A mapped image. `image` and `options` are what was asked for, and `data` what was found."""
 
     id: int
     image: Image
     options: Mapping[str, str]
+    data: Data
     read_only: bool
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's fsid."""
+        return self.data.cluster
 
     @property
     def file(self) -> str:
@@ -85,15 +104,13 @@ def device(number: int, root: str = BUS) -> Device | None:
     """What is mapped as `number`; None when nothing is (any more)."""
     directory = f"{root}/devices/{number}"
     try:
-        info = _read(f"{directory}/config_info")
-        read = {name: _read(f"{directory}/{name}") for name in ("pool", "name", "current_snap")}
+        monitors, options, pool, name, snapshot = _read(f"{directory}/config_info").split(" ")[:5]
+        data = Data(*(_read(f"{directory}/{file}") for file in DATA))
     except FileNotFoundError:
         return None
-    monitors, options = info.split(" ")[:2]
     chosen = parse_options(options)
-    snapshot = None if read["current_snap"] in ("", "-") else read["current_snap"]
-    image = Image(monitors, read["pool"], chosen.get("_pool_ns", ""), read["name"], snapshot)
-    return Device(number, image, chosen, "ro" in chosen or "read_only" in chosen or snapshot is not None)
+    image = Image(monitors, pool, chosen.get("_pool_ns", ""), name, None if snapshot == "-" else snapshot)
+    return Device(number, image, chosen, data, "ro" in chosen or "read_only" in chosen or image.snapshot is not None)
 
 
 def parse_options(text: str) -> dict[str, str]:

@@ -26,11 +26,11 @@ class Driver:
         return block.facts(acquire(record.key, definition, site))
 
     def release(self, record: AnyRecord, site: Site) -> None:
-        kernel.release(record.key, site)
+        kernel.release(record.key, record.definition, site)
         daemon.release(record.key, record.definition, site)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        device = kernel.observe(record.key, site) or exported.observe(record.key, site)
+        device = kernel.observe(record.key, record.definition, site) or exported.observe(record.key, site)
         return None if device is None else block.facts(device)
 
     def read_only(self, definition: Rbd) -> bool:

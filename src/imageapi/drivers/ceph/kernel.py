@@ -1,17 +1,22 @@
 """The kernel way: the rbd driver maps the image. The key waits in the kernel's keyring under our mark, so the device's
-options name the mark, and that is how a device is known for ours."""
+options name the mark; with it and the image, that is how a device is known for ours.
+
+The kernel waits for OSDs without end, and where only a fatal signal ends it: so it is asked aside, by a child.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import subprocess
+import time
+import uuid
+from collections.abc import Sequence
 
 from imageapi.config import Site
-from imageapi.drivers import block
-from imageapi.drivers.ceph import keys, monitors, options
-from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import keyring, krbd, process
+from imageapi.drivers import aside, block, holders
+from imageapi.drivers.ceph import keys, monitors, options, refusals
+from imageapi.errors import Conflict, Invalid, Problem
+from imageapi.linux import keyring, kmsg, krbd, process
 from imageapi.records import Key
 from imageapi.spec import Rbd, Secret
 
@@ -19,11 +24,19 @@ NO_KEY = Secret("AQAAAAAAAAAAABAAAAAAAAAAAAAAAAAAAAAAAA==")
 """Stands for a key where none is given, so that such a device carries our mark too. A cluster without cephx does not
 look at it, one with cephx refuses it."""
 
+SHOWING = 5.0
+"""Seconds beyond those for connecting until the image must have been shown, which the kernel itself does not limit. The
+service gives a create 25 in all, and the answer must still say what was waited for."""
+UNDER_WAY = 5.0
+"""Seconds that a release waits for a mapping whose worker has died, before it says so."""
+
 
 def available(root: str = krbd.BUS) -> bool:
     """Whether the kernel has the driver, once its module has been asked for."""
     modules = f"/lib/modules/{os.uname().release}"
     if not krbd.available(root) and process.find_program("modprobe") and os.path.isdir(modules):
+        import subprocess
+
         subprocess.run(["modprobe", "rbd"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
     return krbd.available(root)
 
@@ -33,17 +46,61 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
 
     Raises: errors.Problem in the user's terms.
     """
-    release(key, site, root)
+    end = time.monotonic() + options.connect_timeout(definition.options) + SHOWING
+    release(key, definition, site, root)
     text = command(key, definition, site)
-    with keyring.key("ceph", site.mark(key), keys.decoded(definition.options.secret or NO_KEY)):
+    secret = keys.decoded(definition.options.secret or NO_KEY)
+    with kmsg.Tail() as log:
         try:
-            krbd.map_image(text, root)
+            aside.call(_making(key, site), end - time.monotonic(), lambda: _map(text, site.mark(key), secret, root))
         except OSError as error:
-            raise explain(error, definition) from None
-    device = find(key, site, root)
+            raise refusals.explain(error, definition, refusals.said(log)) from None
+    device = find(key, definition, site, root)
     if device is None:
         raise Problem("the kernel mapped the image and does not list it", step="map the image")
+    try:
+        _check(device, definition, root)
+    except Problem:
+        release(key, definition, site, root)
+        raise
     return device.file
+
+
+def _making(key: Key, site: Site) -> str:
+    """What a mapping under way is known by."""
+    return f"{site.mark(key)}:map"
+
+
+def _map(text: str, mark: str, secret: bytes, root: str) -> None:
+    """In the child: a process keyring is a process's own, and goes with it."""
+    with keyring.key("ceph", mark, secret):
+        krbd.map_image(text, root)
+
+
+def _check(device: krbd.Device, definition: Rbd, root: str) -> None:
+    """What the kernel does not look at: that the cluster is the one meant, and that nobody else writes to the image.
+
+    Raises: errors.Invalid, errors.Conflict.
+    """
+    fsid = definition.options.fsid
+    if fsid and uuid.UUID(fsid) != uuid.UUID(device.cluster):
+        raise Invalid(
+            f"the monitors are those of cluster {device.cluster}, not of {fsid}: correct 'fsid' or 'monitors'",
+            path="$.options.fsid",
+        )
+    other = None if definition.options.force else _rival(device, krbd.devices(root))
+    if other is not None:
+        raise Conflict(
+            f"the image is mapped here already, as {other.file}, and one of the two could write to it: unmap that "
+            "one, map both read-only, or set options.force",
+            path="$.image",
+        )
+
+
+def _rival(device: krbd.Device, mapped: Sequence[krbd.Device]) -> krbd.Device | None:
+    """Another device of the same image, whatever its monitors are called and whoever mapped it, if either can write."""
+    same = (each for each in mapped if each.id != device.id and each.data == device.data)
+    return next((each for each in same if not (each.read_only and device.read_only)), None)
 
 
 def command(key: Key, definition: Rbd, site: Site) -> str:
@@ -53,9 +110,9 @@ def command(key: Key, definition: Rbd, site: Site) -> str:
     """
     chosen = definition.options
     asked = monitors.parse(definition.monitors, options.default_port(chosen))
-    monitors.reachable(asked, min(monitors.PROBE_TIMEOUT, options.connect_timeout(chosen)))
-    addresses = [str(monitors.Monitor(*address)) for address in monitors.resolve(asked)]
-    words = [*options.kernel_words(definition), f"key={site.mark(key)}"]
+    found = monitors.reachable(asked, min(monitors.PROBE_TIMEOUT, options.connect_timeout(chosen)))
+    addresses, more = spoken_to(found, chosen.ms_mode)
+    words = [*options.kernel_words(definition), *more, f"key={site.mark(key)}"]
     image = krbd.Image("", definition.pool, chosen.namespace or "", definition.image, definition.snapshot)
     try:
         return krbd.line(addresses, words, image)
@@ -63,72 +120,58 @@ def command(key: Key, definition: Rbd, site: Site) -> str:
         raise Invalid(f"the kernel cannot be told this: {error}") from None
 
 
-def release(key: Key, site: Site, root: str = krbd.BUS) -> None:
+def spoken_to(found: Sequence[monitors.Address], mode: str | None) -> tuple[list[str], list[str]]:
+    """The monitors that speak the messenger of `mode`, and the words for the kernel that follow from what they speak:
+    it has the first messenger unless told, and does not look what a port speaks.
+
+    Raises: errors.Invalid.
+    """
+    wanted = "v2" if mode in options.MS_MODES else "v1"
+    suitable = [str(monitors.Monitor(each.ip, each.port)) for each in found if each.messenger == wanted]
+    if suitable:
+        return suitable, []
+    if mode is None:
+        return [str(monitors.Monitor(each.ip, each.port)) for each in found], ["ms_mode=prefer-crc"]
+    port = monitors.MSGR2_PORT if wanted == "v2" else monitors.LEGACY_PORT
+    raise Invalid(
+        f"ms_mode '{mode}' is not what the monitors speak at these ports: leave the port out, or give the one for it "
+        f"({port} unless changed)",
+        path="$.options.ms_mode",
+    )
+
+
+def release(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> None:
     """Unmap the image. Idempotent.
 
-    Raises: errors.Conflict while the device is open.
+    Raises: errors.Conflict while the device is open; errors.TimedOut while it is still being mapped.
     """
-    device = find(key, site, root) if krbd.available(root) else None
-    if device is None:
-        return
+    aside.settled(_making(key, site), UNDER_WAY)
+    device = find(key, definition, site, root)
+    if device is not None and not holders.until(lambda: _unmapped(device.id, root)):
+        raise block.busy(device.file)
+
+
+def _unmapped(number: int, root: str) -> bool:
     try:
-        krbd.unmap(device.id, root=root)
+        krbd.unmap(number, root=root)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise block.busy(device.file) from None
+            return False
         if error.errno != errno.ENOENT:
             raise
+    return True
 
 
-def observe(key: Key, site: Site, root: str = krbd.BUS) -> str | None:
+def observe(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str | None:
     """The block device, if it is mapped."""
-    device = find(key, site, root) if krbd.available(root) else None
+    device = find(key, definition, site, root)
     return None if device is None else device.file
 
 
-def find(key: Key, site: Site, root: str = krbd.BUS) -> krbd.Device | None:
-    """The device that carries the mark of `key`."""
-    mark = site.mark(key)
-    return next((device for device in krbd.devices(root) if device.options.get("key") == mark), None)
-
-
-def explain(error: OSError, definition: Rbd) -> Problem:
-    """What the driver's errno means to whoever asked for the image (net/ceph, drivers/block/rbd.c)."""
-    user, pool, image = options.user(definition.options), definition.pool, definition.image
-    name = errno.errorcode.get(error.errno or 0, "")
-    match error.errno:
-        case errno.EACCES:
-            return Invalid(
-                f"the monitors refuse client.{user}: there is no such user, or the secret is not its key; "
-                f"compare it with 'ceph auth get client.{user}'",
-                path="$.options.secret",
-                errno=name,
-            )
-        case errno.EPERM | errno.EROFS:
-            return Invalid(
-                f"client.{user} may not do this with image '{image}' of pool '{pool}': grant it 'profile rbd' "
-                f"(or attach with 'ro' if it has 'profile rbd-read-only pool={pool}')",
-                path="$.options.name",
-                errno=name,
-            )
-        case errno.ENOENT:
-            snapshot = f" or the image no snapshot '{definition.snapshot}'" if definition.snapshot else ""
-            return Invalid(
-                f"the cluster has no pool '{pool}', or the pool no image '{image}'{snapshot}: see 'rbd ls {pool}'",
-                path="$.image",
-                errno=name,
-            )
-        case errno.ETIMEDOUT:
-            return TimedOut(
-                f"the cluster does not answer in time (monitors {', '.join(definition.monitors)}): see that they "
-                f"have a quorum and the OSDs of pool '{pool}' are up",
-                errno=name,
-            )
-        case errno.EINVAL | errno.ENXIO | errno.EOPNOTSUPP:
-            return Unsupported(
-                f"this kernel's rbd driver takes an option or a feature of image '{image}' not: see the kernel's log, "
-                f"and 'rbd info {pool}/{image}'",
-                errno=name,
-            )
-        case _:
-            return Problem(f"the kernel could not map image '{image}'", step="map the image", errno=name)
+def find(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> krbd.Device | None:
+    """The device that carries the mark of `key` and is the image asked for."""
+    if not krbd.available(root):
+        return None
+    image = (definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or None)
+    found = (each for each in krbd.devices(root) if each.options.get("key") == site.mark(key))
+    return next((each for each in found if each.image[1:] == image), None)
