@@ -187,7 +187,15 @@ def test_what_is_there_does_not_wait_for_its_web_server(server: Server, web: Web
 # ------------------------------------------------------------------------------------------------------- secrets
 
 
-def test_secrets_are_shown_nowhere(server: Server, web: Web) -> None:
+@pytest.fixture
+def talkative(run_dir: Path) -> Iterator[Server]:
+    """A server that logs all it can."""
+    with running(run_dir, "--log-level", "TRACE") as server:
+        yield server
+
+
+def test_secrets_are_shown_nowhere(talkative: Server, web: Web) -> None:
+    server = talkative
     web.put("/image", small_tar())
     good = web.url(SIGNED, login=LOGIN)
     answers = [server.http.post("/mount/uri", json={"uri": good}).text]

@@ -6,6 +6,7 @@ whole address, signature included.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from urllib3.response import BaseHTTPResponse
 from imageapi import __version__
 from imageapi.drivers.uri.source import PIECE, Interrupted
 from imageapi.errors import Invalid, Problem, TimedOut
+
+logging.getLogger("urllib3").propagate = False  # it writes whole addresses
 
 CONNECT = 3.0
 """Seconds to reach a server."""
