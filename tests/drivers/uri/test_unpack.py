@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -82,6 +83,15 @@ def test_capabilities_and_the_users_attributes_are_kept(bench: Bench) -> None:
     root = unpacked(bench, archive(Member("ping", b"x", pax={**pax, **others}, more={"uid": 5})))
     assert os.getxattr(root / "ping", "security.capability") == CAPABILITY
     assert sorted(os.listxattr(root / "ping")) == ["security.capability", "user.note"]
+
+
+def test_an_attribute_that_this_kernel_cannot_keep_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, name: str, value: bytes) -> None:
+        raise OSError(errno.EOPNOTSUPP, "as before Linux 6.6")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    message = refused(bench, archive(Member("a", pax={f"{XATTR}user.note": "hi"})))
+    assert "'a' has the extended attribute user.note, which a tmpfs of this kernel cannot keep" in message
 
 
 def test_what_gnu_tar_packs_with_attributes_is_the_same_again(bench: Bench, tmp_path: Path) -> None:

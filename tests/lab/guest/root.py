@@ -37,6 +37,9 @@ MODULES = (
 )
 """The folders of the kernel's modules that a guest without hardware can use."""
 
+LIBRARIES = ("backports-zstd", "httptools", "msgspec", "urllib3", "uvloop")
+"""What the service imports of others' (pyproject.toml, dependencies)."""
+
 TO_ROOT = ("virtio_pci", "virtio_blk", "erofs", "overlay")
 """The modules on the way to the root file system."""
 
@@ -197,7 +200,7 @@ def _install_lab(tree: Path) -> None:
 def _install_packages(to: Path, python: str) -> None:
     """The guest's Python may be another than this one: it gets wheels of its own version, those of our lock."""
     pinned = to.parent / "pinned.txt"
-    pinned.write_text(_only(("httptools", "msgspec", "uvloop"), (CHECKOUT / "requirements-dev.lock").read_text()))
+    pinned.write_text(_only(LIBRARIES, (CHECKOUT / "requirements-dev.lock").read_text()))
     images.run(
         *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target", str(to)),
         *("--python-version", python, "--only-binary=:all:", "--no-deps", "--require-hashes", "-r", str(pinned)),
