@@ -44,7 +44,7 @@ async def _serve(config: Config, site: Site, control: socket.socket) -> None:
         await _unless(stop, engine.start())
         _settle()
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
-        await listeners.serve(app(engine, config), stop)
+        await listeners.serve(app(engine, config), stop, memory.forget_code)
     finally:
         listeners.close()
         await engine.stop()

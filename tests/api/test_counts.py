@@ -108,8 +108,17 @@ def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:
 
 
 def test_what_a_worker_brings_along_for_kinds_that_are_not_used() -> None:
-    """All drivers are loaded before the fork; what only one of them needs is not."""
-    load = "import sys; from imageapi.engine import zygote; zygote._load_drivers(); print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", load], check=True, capture_output=True, text=True).stdout.split()
-    assert "imageapi.drivers.mount.uri" in found
-    assert not {"urllib3", "ssl", "http.client", "tarfile", "lzma", "zlib", "backports.zstd", "hashlib"} & {*found}
+    """The common kinds are loaded before the fork; others, and what only they need, when they are used."""
+    load = "from imageapi.engine import zygote; [zygote.driver(*kind) for kind in zygote.COMMON]"
+    command = [sys.executable, "-c", f"import sys; {load}; print(*sys.modules)"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "imageapi.drivers.mount.overlay" in found
+    assert not {"imageapi.drivers.mount.uri", "imageapi.drivers.storage_daemon", "subprocess", "hashlib"} & {*found}
+
+
+def test_a_kind_is_loaded_for_all_workers_when_it_is_first_used(server: Server, tmp_path: Path) -> None:
+    directory = {"path": str(tmp_path), "base": "root"}
+    warm(server)
+    before = switches(one_of(server, "imageapi-zygote"))
+    server.delete(f"/mount/{server.post('/mount/bind', directory)['id']}")
+    eventually(lambda: switches(one_of(server, "imageapi-zygote")) > before, "the zygote has something to do")

@@ -14,6 +14,7 @@ from typing import Any, Self
 import pytest
 import uvloop
 
+import imageapi.api.connection
 from imageapi.api.app import app
 from imageapi.api.connection import Connections
 from imageapi.api.listen import Listeners
@@ -225,6 +226,26 @@ def test_an_application_that_fails_is_answered_for(caplog: pytest.LogCaptureFixt
     assert answer.startswith(b"HTTP/1.1 500 ")
     assert b"something of ours" not in answer
     assert "something of ours" in caplog.text
+
+
+def test_it_is_at_rest_once_when_requests_have_ceased(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imageapi.api.connection, "REST", 0.02)
+    answered: list[int] = []
+    moments: list[int] = []
+
+    async def serve() -> None:
+        connections = Connections(app(MemoryEngine(), Config()), Config(), lambda: moments.append(len(answered)))
+        connection = connections.new()
+        connection.connection_made(Wire(connection))
+        for _ in range(3):
+            connection.data_received(GET)
+            await asyncio.sleep(0.001)
+            answered.append(1)
+        await asyncio.sleep(0.2)
+        await connections.finish()
+
+    uvloop.run(serve())
+    assert moments == [3]
 
 
 @pytest.mark.parametrize("ending", [GET.replace(b"/1.1", b"/1.0"), GET[:-2] + b"Connection: close\r\n\r\n"])

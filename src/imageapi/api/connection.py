@@ -24,15 +24,21 @@ from imageapi.errors import Exhausted, HeadersTooLarge, Malformed, Problem, TooS
 
 LINGER = 5.0
 """Seconds for which a connection whose last answer is sent is read on, so that the client can read the answer."""
+REST = 2.0
+"""Seconds without a request, after which the server is at rest."""
 LAST_WORDS = 1.0
 """Seconds at the end of the server for requests that were cancelled to say so, and for clients to hear it."""
 
 
 class Connections:
-    """The connections of one server, and the requests that are being answered."""
+    """The connections of one server, and the requests that are being answered. `at_rest` is called once when there has
+    been no request for REST seconds."""
 
-    def __init__(self, app: App, config: Config) -> None:
+    def __init__(self, app: App, config: Config, at_rest: Callable[[], None] = lambda: None) -> None:
         self.config = config
+        self._at_rest = at_rest
+        self._begun = 0
+        self._resting: asyncio.TimerHandle | None = None
         self.loop = asyncio.get_running_loop()  # asked once: in Python 3.11 that is a system call
         self._app = app
         self._open: set[Connection] = set()
@@ -52,9 +58,23 @@ class Connections:
         self._look()
 
     def start(self, exchange: Exchange) -> None:
+        self._begun += 1
+        if self._resting is None:
+            self._rest_after(self._begun)
         task = self.loop.create_task(exchange.run(self._app))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _rest_after(self, begun: int) -> None:
+        """One timer for all requests: it is set anew only when it is due."""
+        self._resting = self.loop.call_later(REST, self._rest, begun)
+
+    def _rest(self, begun: int) -> None:
+        if begun != self._begun or self._tasks:
+            self._rest_after(self._begun)
+        else:
+            self._resting = None
+            self._at_rest()
 
     def _look(self) -> None:
         if not self._open:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from imageapi.api.connection import Connections
 from imageapi.api.guard import is_loopback
@@ -39,9 +39,9 @@ class Listeners:
         """How a client calls each."""
         return [_name(one) for one in self._sockets]
 
-    async def serve(self, app: App, stop: asyncio.Event) -> None:
-        """Answer requests until `stop`, then let those under way end."""
-        connections = Connections(app, self._config)
+    async def serve(self, app: App, stop: asyncio.Event, at_rest: Callable[[], None] = lambda: None) -> None:
+        """Answer requests until `stop`, then let those under way end. `at_rest` is as for Connections."""
+        connections = Connections(app, self._config, at_rest)
         loop = asyncio.get_running_loop()
         servers = [await loop.create_server(connections.new, sock=one, backlog=BACKLOG) for one in self._sockets]
         await stop.wait()

@@ -214,14 +214,22 @@ class Pool:
         self._on_lost = on_lost
         self.lost = False
         asyncio.get_running_loop().add_reader(control, self._hang_up)
+        self._loaded = set(zygote.COMMON)
         self._idle: list[_Worker] = []
         self._busy: defaultdict[str, set[Chain]] = defaultdict(set)
         self._queues: defaultdict[str, deque[Chain]] = defaultdict(deque)
 
     def submit(self, chain: Chain) -> None:
         """Have the jobs done as soon as their store has a place."""
+        self._load_for(chain)
         self._queues[chain.store].append(chain)
         self._go_on(chain.store)
+
+    def _load_for(self, chain: Chain) -> None:
+        """A kind that is used for the first time is likely to be used again."""
+        for kind in {(job.about.key.collection, job.about.kind) for job in chain.jobs if job.about} - self._loaded:
+            self._loaded.add(kind)
+            self._control.send(zygote.loading(*kind))
 
     def give_up(self, chain: Chain) -> None:
         """Have no job begun any more. The one under way, if there is one, still ends in its own time."""

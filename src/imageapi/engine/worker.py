@@ -23,7 +23,6 @@ from imageapi.config import Site
 from imageapi.drivers import progress
 from imageapi.drivers.base import driver
 from imageapi.drivers.progress import LeftOff, Progress
-from imageapi.engine import sweep
 from imageapi.linux import syncfs
 from imageapi.records import AnyRecord, Facts
 
@@ -141,10 +140,17 @@ def sync(site: Site, mountpoint: str) -> None:
     syncfs.syncfs(mountpoint)
 
 
+def sweep(site: Site, *arguments: Any) -> list[str]:
+    """See sweep.sweep. It is done once, at the start, and takes modules that hardly anything else does."""
+    from imageapi.engine import sweep
+
+    return sweep.sweep(site, *arguments)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "acquire": acquire,
     "release": release,
     "observe": observe,
     "sync": sync,
-    "sweep": sweep.sweep,
+    "sweep": sweep,
 }

@@ -10,33 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
-import pkgutil
 import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-import imageapi.drivers.attach
-import imageapi.drivers.mount
 from imageapi.config import Site
+from imageapi.drivers.base import driver
 from imageapi.engine import worker
-from imageapi.linux import process
+from imageapi.linux import memory, process
 from imageapi.runtime import supervisor
 
 WORKER = b"worker"
 SUPERVISOR = b"supervisor"
+LOAD = b"load "
+COMMON = (("attach", "loopback"), ("mount", "attach"), ("mount", "overlay"))
+"""The kinds that hardly a node does without: the server shares what they have in memory, too."""
 
 
 def launch(site: Site, keep: Iterable[int] = ()) -> socket.socket:
     """Fork the zygote, which keeps the descriptors `keep` and closes all others; the server's end of its socket.
-    To be called while the process has a single thread. What it has imported stays shared by all that is forked from
-    here, as far as nobody writes to it: the collector of garbage, which would, leaves it alone from now on."""
-    _load_drivers()
-    gc.collect()
-    gc.freeze()
+    To be called while the process has a single thread."""
+    for kind in COMMON:
+        driver(*kind)
+    _freeze()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _fork(lambda: _serve(theirs, site, keep))
     theirs.close()
@@ -65,20 +64,36 @@ def _serve(control: socket.socket, site: Site, keep: Iterable[int]) -> None:
     process.close_all_but(control.fileno(), *keep)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
+        memory.rest_until_readable(control.fileno())
         request, descriptors, _, _ = socket.recv_fds(control, 64, 1)
         if not request:
             return
         if request == SUPERVISOR:
             _fork_supervisor(site)
+        elif request.startswith(LOAD):
+            _load(request.removeprefix(LOAD).decode())
         for descriptor in descriptors:
             _fork_worker(control, socket.socket(fileno=descriptor), site)
 
 
-def _load_drivers() -> None:
-    """Import every driver once, so that no worker has to."""
-    for package in (imageapi.drivers.attach, imageapi.drivers.mount):
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
+def loading(collection: str, kind: str) -> bytes:
+    """The request to have a driver ready in all workers to come: one that a node does not use costs it no memory."""
+    return LOAD + f"{collection}/{kind}".encode()
+
+
+def _load(name: str) -> None:
+    try:
+        driver(*name.split("/"))
+    except Exception:  # a worker that needs it meets the same, and says so
+        traceback.print_exc()
+    _freeze()
+
+
+def _freeze() -> None:
+    """What has been imported stays shared by all that is forked, as far as nobody writes to it: the collector of
+    garbage, which would, leaves it alone from now on."""
+    gc.collect()
+    gc.freeze()
 
 
 def _fork_worker(control: socket.socket, channel: socket.socket, site: Site) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import select
+from collections.abc import Iterator, Sequence
 
 from imageapi.linux.libc import check, libc
 
@@ -11,17 +12,40 @@ MADV_DONTNEED = 4
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-.p \S+ \S+ [1-9]\d* ")
 
 
-def forget_code() -> None:
-    """Let go of the pages of programs and libraries, most of which were needed only to start. The kernel still has
-    them in its page cache, and gives back at once those that are used again.
+REST = 2.0
+"""Seconds without anything to do, after which a process is at rest."""
+Mapping = tuple[int, int]
+"""Where it begins and where it ends."""
+
+
+def forget_code(mappings: Sequence[Mapping] = ()) -> None:
+    """Let go of the pages of programs and libraries, most of which were needed only to start: of these mappings, or of
+    all. The kernel still has them in its page cache, and gives back at once those that are used again.
 
     Raises: OSError.
     """
-    for start, end in list(_code()):
+    for start, end in mappings or code():
         check(libc.madvise(start, end - start, MADV_DONTNEED))
 
 
-def _code() -> Iterator[tuple[int, int]]:
+def rest_until_readable(descriptor: int, mappings: Sequence[Mapping] = ()) -> None:
+    """Wait until there is something to read, and let go of code when nothing comes for long."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(REST * 1000):
+        forget_code(mappings)
+        poll.poll()
+
+
+def code() -> list[Mapping]:
+    """The mappings of programs and libraries in this process, to be let go of where there is no /proc to ask.
+
+    Raises: OSError.
+    """
+    return list(_code())
+
+
+def _code() -> Iterator[Mapping]:
     """The mappings of files that cannot be written and hold nothing of our own: what the loader has relocated in
     them, and then protected, would be lost."""
     mapping: re.Match[str] | None = None

@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from imageapi import errors
-from imageapi.linux import cgroup, namespaces, process
+from imageapi.linux import cgroup, memory, namespaces, process
 from imageapi.linux.libc import AT_FDCWD, AT_RECURSIVE
 from imageapi.linux.mount import (
     MNT_DETACH,
@@ -44,12 +44,14 @@ PLACE = "/image"
 
 class Inheritance(NamedTuple):
     """What the first process has of its supervisor: descriptors of the supervisor's directory, of the logs, and of the
-    version 1 hierarchies in which it makes groups for systemd; and whether the kernel was told to spare or to prefer it
-    when memory runs out. What else a process inherits the supervisor has given up itself (linux/process.renounce)."""
+    version 1 hierarchies in which it makes groups for systemd; its code, which is let go of at rest; and whether the
+    kernel was told to spare or to prefer it when memory runs out. What else a process inherits the supervisor has given
+    up itself (linux/process.renounce)."""
 
     directory: int
     logs: int
     groups: Sequence[int]
+    code: Sequence[memory.Mapping]
     adjust_oom: bool
 
 
@@ -72,6 +74,7 @@ def run(tie: socket.socket, given: Inheritance, name: str, group: str | None) ->
         steps = layout.PLAIN if group is None else layout.SYSTEMD
         trees, home = _make_trees(steps)
         _rehearse()
+        memory.rest_until_readable(tie.fileno(), given.code)
         orders, descriptors = receive(tie)
         if orders:
             order = _decode(orders)

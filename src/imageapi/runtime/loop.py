@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from imageapi.linux.memory import REST
+
 Handler = Callable[[], object]
 
 
@@ -26,9 +28,10 @@ class Timer:
 
 class Loop:
     """Handlers are called one at a time, until `stop`. One that raises has a bug: the trace goes to stderr, and its
-    descriptor is watched no more."""
+    descriptor is watched no more. `at_rest` is called once whenever there was nothing to do for long (memory.REST)."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_rest: Handler = lambda: None) -> None:
+        self._at_rest = at_rest
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._gone: set[int] = set()
@@ -65,11 +68,21 @@ class Loop:
         """Call handlers until `stop`."""
         while not self._stopped:
             self._gone.clear()
-            for descriptor, _ in self._epoll.poll(self._patience()):
+            for descriptor, _ in self._wait():
                 if descriptor not in self._gone:  # it may be closed, and its number another's by now
                     self._call(self._handlers.get(descriptor), descriptor)
             if self._timers and self._timers[0][0] <= time.monotonic():
                 self._call(heapq.heappop(self._timers)[2].handler)
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """What is ready; nothing, when a timer is due."""
+        patience = self._patience()
+        if patience is not None and patience <= REST:
+            return self._epoll.poll(patience)
+        if ready := self._epoll.poll(REST):
+            return ready
+        self._call(self._at_rest)
+        return self._epoll.poll(self._patience())
 
     def _patience(self) -> float | None:
         """Seconds until the next timer, those cancelled passed over; None without one."""

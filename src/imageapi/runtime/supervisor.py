@@ -22,7 +22,7 @@ import msgspec
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.linux import cgroup, process
+from imageapi.linux import cgroup, memory, process
 from imageapi.runtime import entries, output, protocol
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container, Surroundings
@@ -125,6 +125,7 @@ def _surroundings(site: Site) -> Surroundings:
         directory=os.open(site.supervisor_dir, _DIRECTORY),
         logs=os.open(site.logs_dir, _DIRECTORY),
         groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
+        code=memory.code(),
         adjust_oom=_read("/proc/self/oom_score_adj") != "0",
     )
     boot_id = _read("/proc/sys/kernel/random/boot_id")
@@ -134,7 +135,7 @@ def _surroundings(site: Site) -> Surroundings:
         logs=given.logs,
         keep=keep,
         nursery=Nursery(given, keep),
-        loop=Loop(),
+        loop=Loop(at_rest=lambda: memory.forget_code(given.code)),
         boot_id=boot_id,
         instance=site.instance,
         mark_prefix=site.mark_prefix,
