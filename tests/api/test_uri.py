@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from imageapi.api.routes import BASE
 from imageapi.engine.pool import PER_STORE
+from imageapi.linux import loop
 from lab import images
 from lab.archives import Member, archive
 from lab.processes import processes
@@ -104,6 +106,17 @@ def test_it_is_there_after_the_server_was_killed(server: Server, web: Web) -> No
     server.start()
     assert server.get("/mount/uri") == made
     assert all(os.listdir(one["mountpoint"]) for one in made)
+
+
+def test_without_their_records_they_go(server: Server, web: Web) -> None:
+    server.post("/mount/uri", {"uri": web.put("/a", small_tar())})
+    image = web.put("/b", images.small_image().read_bytes())
+    server.post("/mount/uri", {"uri": image, "format": "squashfs"})
+    server.kill()
+    shutil.rmtree(server.run_dir / "state")
+    server.start()
+    assert os.listdir(server.run_dir / "mounts") == []
+    assert loop.marked(f"imageapi:{(server.run_dir / 'instance').read_text().strip()}:") == {}
 
 
 # ------------------------------------------------------------------------------------------------- while it moves

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
+from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import block, mounts
@@ -51,16 +52,8 @@ class Driver(LocalDriver):
         with ExitStack() as undo, ExitStack() as opened:
             tree = _fetched(definition, mark)
             opened.callback(os.close, tree)
-            device = _attached(tree, mark, undo) if fs_type else None
-            mounts.make_directory(undo, path)
-            if fs_type and device:
-                _mount(device, path, fs_type)
-            else:
-                mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
-            undo.callback(mount.umount, path)
-            detail = {**mounts.made(record, site), "staging": room.ATTRIBUTES}
-            if device:
-                detail |= {"device": device, "staging": mount.MOUNT_ATTR_NOSUID}
+            detail = _show_image(undo, tree, path, mark, fs_type) if fs_type else _show_tree(undo, tree, path)
+            detail |= mounts.made(record, site)
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 
@@ -191,6 +184,23 @@ def _none_serves(definition: Uri, refused: dict[int, Problem]) -> Problem:
 
 
 # ------------------------------------------------------------------------------------------------- the mount
+
+
+def _show_tree(undo: ExitStack, tree: int, path: str) -> dict[str, Any]:
+    """Mount the tmpfs where it is to be seen; what there is to know of it."""
+    mounts.make_directory(undo, path)
+    mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
+    undo.callback(mount.umount, path)
+    return {"staging": room.ATTRIBUTES}
+
+
+def _show_image(undo: ExitStack, tree: int, path: str, mark: str, fs_type: str) -> dict[str, Any]:
+    """Mount the image in the tmpfs; what there is to know of it."""
+    device = _attached(tree, mark, undo)
+    mounts.make_directory(undo, path)
+    _mount(device, path, fs_type)
+    undo.callback(mount.umount, path)
+    return {"device": device, "staging": mount.MOUNT_ATTR_NOSUID}
 
 
 def _attached(tree: int, mark: str, undo: ExitStack) -> str:

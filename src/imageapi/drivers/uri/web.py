@@ -186,9 +186,13 @@ class Web:
 
     def _following(self, address: str, location: str) -> str:
         """Where a redirect leads. Raises: errors.Invalid, when it is not to be followed."""
-        following = urljoin(address, location)
         schemes = ("https",) if address.startswith("https:") else ("http", "https")
-        if not location or urlsplit(following).scheme not in schemes or not urlsplit(following).hostname:
+        try:
+            following = urljoin(address, location)
+            good = location and urlsplit(following).scheme in schemes and urlsplit(following).hostname
+        except ValueError:
+            good = False
+        if not good:
             raise Invalid(f"it leads to an address that is not {' or '.join(schemes)}; it is not followed")
         return following
 
