@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import partitions
+from lab.ceph import Cluster
 from lab.guest.guest import Guest
 from lab.guest.server import GuestServer
 from lab.images import small_image
@@ -92,3 +94,25 @@ def test_partitions_are_mounted_by_their_numbers(guest: Guest, server: GuestServ
     assert message(guest, made) == "written when the image was made\n"
     server.delete(f"/mount/{made['id']}")
     guest.sh(f"losetup --detach {device}; rm /tmp/disk")
+
+
+def test_an_rbd_image_through_a_daemon_has_partitions(guest: Guest, guest_ceph: Cluster, tmp_path: Path) -> None:
+    """The kernel's rbd driver reads them in any case."""
+    (tmp_path / "disk").write_bytes(partitions.gpt(bytes(4096), small_image().read_bytes()))
+    guest_ceph.import_image(str(tmp_path / "disk"), "partitioned")
+    rbd = {
+        "monitors": [guest_ceph.monitor],
+        "pool": "rbd",
+        "image": "partitioned",
+        "options": {"name": "admin", "secret": guest_ceph.admin_key, "ro": True},
+        "readPartitions": True,
+    }
+    server = GuestServer(guest, "--rbd-backend", "daemon")
+    server.start()
+    made = server.post("/mount/rbd", {"fs_type": "squashfs", "partition": 2, "rbd": rbd})
+    assert message(guest, made) == "written when the image was made\n"
+    problem = server.refused("POST", "/mount/rbd", 422, {"fs_type": "squashfs", "partition": 3, "rbd": rbd})
+    assert "it has 1 (0 MiB), 2 (" in problem["message"]
+    server.delete(f"/mount/{made['id']}")
+    assert server.everything() == []
+    server.remove()
