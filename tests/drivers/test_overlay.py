@@ -349,9 +349,12 @@ def test_options_are_what_the_kernel_then_has(bench: Bench, asked: dict[str, Any
 
 def test_an_option_that_a_layer_cannot_do_is_refused_and_not_ignored(bench: Bench) -> None:
     """Overlays have no file handles, of which `index` is made."""
+    disk = bench.disk()
+    before = sorted(place(disk).rglob("*"))
     with pytest.raises(Invalid, match="cannot do 'index'") as refusal:
-        bench.acquire(bench.overlay(bench.layered(), upper=bench.disk(), index=True))
+        bench.acquire(bench.overlay(bench.layered(), upper=disk, upper_path="/a", index=True))
     assert refusal.value.fields["path"] == "$.options.index"
+    assert sorted(place(disk).rglob("*")) == before, "what the kernel made in the work directory is gone, too"
 
 
 def test_an_upper_on_an_overlay_is_refused(bench: Bench) -> None:

@@ -90,8 +90,8 @@ def _sysfs(device: str) -> str:
 
 def _node(directory: str) -> str:
     """The device's node, by the name that devtmpfs gives it."""
-    lines = dict(line.partition("=")[::2] for line in _attribute(directory, "uevent").splitlines())
-    return f"/dev/{lines['DEVNAME']}"
+    lines = _attribute(directory, "uevent").splitlines()
+    return "/dev/" + next(line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME="))
 
 
 def _attribute(directory: str, name: str) -> str:

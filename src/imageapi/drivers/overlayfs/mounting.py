@@ -96,7 +96,7 @@ def _refusal(error: OSError, layers: Layers, words: str) -> Problem | None:
     fields = {"errno": errno.errorcode.get(error.errno or 0, ""), "detail": words}
     if "lowerdir+" in words:
         return Unsupported("so many lower mounts need Linux 6.7 or later; give fewer", path="$.lower", **fields)
-    if found := re.search(r"filesystem on (.+?) not supported", words):
+    if found := re.search(r"filesystem on (.+?) not supported|upper fs missing required features", words):
         return _unsuitable(found[1], layers, fields)
     match error.errno:
         case errno.ELOOP:
@@ -112,7 +112,7 @@ def _refusal(error: OSError, layers: Layers, words: str) -> Problem | None:
     return None
 
 
-def _unsuitable(place: str, layers: Layers, fields: dict[str, str]) -> Problem:
+def _unsuitable(place: str | None, layers: Layers, fields: dict[str, str]) -> Problem:
     """The refusal of a file system: names in it must be what they are, byte for byte, and nobody else may write it."""
     if place in layers.lowers:
         sentence = "the kernel makes no overlay over this file system; copy what is on it to another"

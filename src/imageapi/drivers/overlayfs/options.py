@@ -15,10 +15,11 @@ _PARAMETERS = "/sys/module/overlay/parameters"
 def of(definition: Overlay) -> Options:
     """The options to mount with, but for the layers."""
     asked = definition.options or OverlayOptions()
-    flags = {"volatile": is_volatile(definition), "userxattr": asked.userxattr}
+    on = {"volatile": is_volatile(definition), "userxattr": asked.userxattr}
+    flags: Options = [(name, None) for name in on if on[name]]
     switches = {"metacopy": _switch(asked.metacopy), "index": _switch(asked.index)}
     values = {**switches, "redirect_dir": asked.redirect_dir, "xino": asked.xino}
-    return [(name, None) for name, on in flags.items() if on] + [(name, it) for name, it in values.items() if it]
+    return [*flags, *((name, value) for name, value in values.items() if value)]
 
 
 def is_volatile(definition: Overlay) -> bool:
@@ -34,7 +35,7 @@ def _switch(on: bool | None) -> str | None:
 def check_taken(definition: Overlay, found: Mount) -> None:
     """Raises: errors.Invalid for an option that the kernel has turned off because a file system below cannot do it.
     It only logs that, and mounts; and shows in mountinfo what differs from its defaults."""
-    shown = dict(option.partition("=")[::2] for option in found.super_options.split(","))
+    shown = {name: value for name, _, value in (it.partition("=") for it in found.super_options.split(","))}
     for name in ("metacopy", "index", "xino"):
         if (name, "on") in of(definition) and shown.get(name, _default(name)) != "on":
             sentence = f"the file systems of these layers cannot do '{name}'; leave it out, or use others"

@@ -1,8 +1,8 @@
 """Where the writes of an overlay go: to directories of its own, which go with it, or to a place in another mount, where
 they stay.
 
-In another mount nothing is ever removed but what this very acquire made, and found empty. The way to the directories
-may hold no symbolic link and no other mount: whoever wrote to that mount could lead us elsewhere by one.
+In another mount no file of anybody's is ever removed; only an acquire that fails takes away the directories it made.
+The way to them may hold no symbolic link and no other mount: whoever wrote to that mount could lead us elsewhere.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def inside(undo: ExitStack, opened: ExitStack, definition: Overlay, on: AnyRecor
 
 
 def _directory(undo: ExitStack, opened: ExitStack, top: str, path: str, like: str) -> str:
-    """The directory `path`, which is inside of `top`."""
+    """The directory `path`, `upper` or `work` at a place that is inside of `top`."""
+    place = os.path.dirname(path)
     fd = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     opened.callback(os.close, fd)
     reached = top
@@ -92,8 +93,8 @@ def _directory(undo: ExitStack, opened: ExitStack, top: str, path: str, like: st
         reached = f"{reached}/{name}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=fd)
-            undo.callback(_remove_empty, reached)
-            if reached == path and name == "upper":
+            undo.callback(_remove_made, reached, whole=reached == f"{place}/work")
+            if reached == f"{place}/upper":
                 _look_like(reached, like)
         fd = openat2(fd, name, os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
         opened.callback(os.close, fd)
@@ -101,9 +102,13 @@ def _directory(undo: ExitStack, opened: ExitStack, top: str, path: str, like: st
     return reached
 
 
-def _remove_empty(path: str) -> None:
+def _remove_made(path: str, *, whole: bool) -> None:
+    """Undo the making of a directory; `whole`: with what the kernel made in it."""
     with contextlib.suppress(OSError):
-        os.rmdir(path)
+        if whole:
+            remove_tree(path)
+        else:
+            os.rmdir(path)
 
 
 def _refusal(error: OSError, on: AnyRecord) -> Problem | None:
