@@ -29,12 +29,13 @@ UNDOING = ("close", "rmdir", "unlink", "write", "read")
 """No error is put into what undoes or ends things, which only a broken kernel would give."""
 
 
-def deaths(function: Callable[[], object]) -> Iterator[int]:
-    """Kill `function` after each of its steps in turn, and yield the step's number; ends when it is not reached."""
-    step = 1
+def deaths(function: Callable[[], object], first: int = 1, every: int = 1) -> Iterator[int]:
+    """Kill `function` after each of its steps in turn (or the `first` and then `every` so many), and yield the step's
+    number; ends when it is not reached."""
+    step = first
     while _run(function, _Killer(step)) == KILLED:
         yield step
-        step += 1
+        step += every
 
 
 def errors(function: Callable[[], object]) -> Iterator[tuple[int, bool]]:

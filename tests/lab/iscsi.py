@@ -46,10 +46,19 @@ def free_address(port: int = PORT) -> str:
 class Server:
     """A target server: any number of targets, each with its disks. `portals` are addresses with ports."""
 
-    def __init__(self, directory: str | None = None, portals: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: str | None = None,
+        portals: Sequence[str] = (),
+        *,
+        host: str | None = None,
+        enter: tuple[str, ...] = (),
+    ) -> None:
+        """`enter` is the beginning of the command: one that runs it in another network, where `host` is an address."""
         self.directory = directory or tempfile.mkdtemp(prefix="imageapi-iscsi-")
         os.makedirs(self.directory, exist_ok=True)
-        self.host = free_address()
+        self.host = host or free_address()
+        self._enter = enter
         self._portals = [f"{self.host}:{PORT}", *portals]
         self._made: list[tuple[str, ...]] = []
         self._targets = 0
@@ -62,7 +71,7 @@ class Server:
         portals = ",".join(f"portal={each}" for each in self._portals)
         with open(f"{self.directory}/log", "ab") as log:
             self._process = subprocess.Popen(
-                ["tgtd", "--foreground", "--control-port", "1", "--iscsi", portals],
+                [*self._enter, "tgtd", "--foreground", "--control-port", "1", "--iscsi", portals],
                 env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
             )  # fmt: skip
         wait_until(self._answers, "the target server answers")

@@ -34,7 +34,7 @@ def test_a_key_may_be_answered_many_times() -> None:
 def test_a_lun_is_addressed_as_its_size_wants(lun: int, first: str) -> None:
     assert pdu.lun_bytes(lun).hex() == first + "0" * 12
     assert pdu.lun_number(pdu.lun_bytes(lun)) == lun
-    assert daemon._qemu_lun(lun) == int(first, 16)
+    assert pdu.lun_word(lun) == int(first, 16)
 
 
 def test_a_proof_is_the_hash_of_identifier_secret_and_challenge() -> None:
@@ -64,14 +64,14 @@ def test_what_is_neither_is_refused(text: str) -> None:
     [
         ("10.0.0.1:3261,1", Portal("10.0.0.1", 3261)),
         ("10.0.0.1", Portal("10.0.0.1", 3260)),
-        ("[fd00::1]:3260,2", Portal("fd00::1", 3260)),
+        ("[fd00::1]:3260,2", Portal("fd00::1", 3260, 2)),
         ("[fd00::1]", Portal("fd00::1", 3260)),
         ("storage.example:3260", Portal("storage.example", 3260)),
     ],
 )
 def test_a_target_names_its_portals(text: str, portal: Portal) -> None:
     assert portals.parse(text) == portal
-    assert portals.parse(str(portal)) == portal
+    assert portals.parse(str(portal))[:2] == portal[:2]
 
 
 @pytest.mark.parametrize("text", ["", "a:b", "fd00::1:3260", "[fd00::1"])

@@ -60,7 +60,7 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
     storage_daemon.settle(site, key, deadline, expendable=read_only)
     if device is not None:
         if not read_only and storage_daemon.standing(site, key):
-            _flush(device, storage_daemon.private_path(site, key, REFUSED), hint)
+            flush(site, key, device, hint)
         _let_go(device)
     storage_daemon.withdraw(site, key, deadline, expendable=read_only)
 
@@ -87,18 +87,20 @@ def _let_go(device: str) -> None:
     block.detach_loop(device)
 
 
-def _flush(device: str, refused: str, hint: str) -> None:
+def flush(site: Site, key: Key, device: str, hint: str) -> None:
     """See that all writes are in the store. An outage makes this wait; an error is the store's last word, and no
     later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go.
 
     Raises: errors.Problem.
     """
+    refused = storage_daemon.private_path(site, key, REFUSED)
     descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if os.path.exists(refused):
             return
+        os.makedirs(os.path.dirname(refused), mode=0o700, exist_ok=True)
         with open(refused, "w", encoding="utf-8") as note:
             note.write(str(error))
         raise Problem(

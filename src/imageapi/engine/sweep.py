@@ -15,7 +15,7 @@ from functools import partial
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
 from imageapi.errors import Problem
-from imageapi.linux import mount, mountinfo
+from imageapi.linux import iscsi, mount, mountinfo
 from imageapi.linux.tree import remove_tree
 from imageapi.records import Key
 
@@ -29,7 +29,12 @@ def sweep(site: Site, keys: Collection[Key], tokens: Collection[int]) -> list[st
 
     What cannot be removed is left, and logged by its error: the next start tries again.
     """
-    return [*_sweep_mounts(site, tokens), *_sweep_loops(site, keys), *_sweep_exports(site, keys)]
+    return [
+        *_sweep_mounts(site, tokens),
+        *_sweep_loops(site, keys),
+        *_sweep_exports(site, keys),
+        *_sweep_sessions(site, keys),
+    ]
 
 
 def _sweep_mounts(site: Site, tokens: Collection[int]) -> list[str]:
@@ -64,6 +69,18 @@ def _sweep_exports(site: Site, keys: Collection[Key]) -> list[str]:
     for key in storage_daemon.exports(site):
         if key not in keys:
             removed += _attempt(partial(_abandon, key, site), f"the export of {key}")
+    return removed
+
+
+def _sweep_sessions(site: Site, keys: Collection[Key]) -> list[str]:
+    if not iscsi.available():
+        return []
+    from imageapi.drivers.iscsi import kernel  # not for those who have no use for it: everything is forked from here
+
+    removed = []
+    for key in kernel.strays(site):
+        if key not in keys:
+            removed += _attempt(lambda _, key=key: kernel.abandon(key, site), f"the iSCSI sessions of {key}")  # type: ignore[misc]
     return removed
 
 

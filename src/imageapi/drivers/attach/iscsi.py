@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
-from imageapi.drivers.iscsi import daemon
+from imageapi.drivers.iscsi import daemon, kernel
 from imageapi.errors import Invalid, Unsupported
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Chap, Iscsi
@@ -26,10 +26,11 @@ class Driver:
         return block.facts(choose(site)(record.key, definition, site))
 
     def release(self, record: AnyRecord, site: Site) -> None:
+        kernel.release(record.key, record.definition, site)
         daemon.release(record.key, record.definition, site)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
-        device = exported.observe(record.key, site)
+        device = kernel.observe(record.key, site) or exported.observe(record.key, site)
         return None if device is None else block.facts(device)
 
     def read_only(self, definition: Iscsi) -> bool:
@@ -52,9 +53,17 @@ def choose(site: Site) -> Callable[[Key, Iscsi, Site], str]:
 
     Raises: errors.Unsupported naming what to install or load.
     """
+    if site.iscsi_backend != "daemon" and kernel.available():
+        return kernel.acquire
+    if site.iscsi_backend == "kernel":
+        raise Unsupported(
+            "the kernel's initiator cannot be used: load the module iscsi_tcp and install open-iscsi, or do without "
+            "--iscsi-backend kernel"
+        )
     missing = storage_daemon.missing()
     if missing:
-        raise Unsupported(f"the storage daemon cannot be used: {missing}")
+        first = "" if site.iscsi_backend == "daemon" else "there is no module iscsi_tcp or no open-iscsi here, and "
+        raise Unsupported(f"{first}the storage daemon cannot be used: {missing}")
     return daemon.acquire
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import exported, storage_daemon
-from imageapi.drivers.iscsi import portals
+from imageapi.drivers.iscsi import pdu, portals
 from imageapi.drivers.iscsi.portals import Portal
 from imageapi.drivers.qmp import Deadline, QmpError
 from imageapi.drivers.storage_daemon import Source
@@ -74,7 +74,7 @@ def source(key: Key, definition: Iscsi, portal: Portal) -> Source:
         "transport": "tcp",
         "portal": str(portal),
         "target": definition.target,
-        "lun": _qemu_lun(definition.lun),
+        "lun": pdu.lun_word(definition.lun),
         "initiator-name": definition.initiator,
     }
     secret = None
@@ -82,11 +82,6 @@ def source(key: Key, definition: Iscsi, portal: Portal) -> Source:
         blockdev["user"] = definition.chap.user
         secret = Secret(base64.b64encode(definition.chap.secret.reveal().encode()).decode())
     return Source(f"{key.collection}-{key.id}", blockdev, secret, {}, definition.ro, "password-secret")
-
-
-def _qemu_lun(lun: int) -> int:
-    """libiscsi puts the number into the message as it is, so one above 255 brings its addressing method along."""
-    return lun if lun < 256 else 0x4000 | lun
 
 
 # ----------------------------------------------------------------------------------- QEMU's words, and ours

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imageapi.drivers.iscsi import chap, pdu
@@ -25,11 +25,19 @@ OPERATIONAL = {
     "MaxConnections": "1",
     "InitialR2T": "Yes",
     "ImmediateData": "No",
+    "MaxBurstLength": str(pdu.LARGEST),
+    "FirstBurstLength": "65536",
+    "MaxOutstandingR2T": "1",
+    "DataPDUInOrder": "Yes",
+    "DataSequenceInOrder": "Yes",
     "ErrorRecoveryLevel": "0",
     "DefaultTime2Wait": "2",
     "DefaultTime2Retain": "0",
 }
 """What the session is to be like; keys that are not named keep the RFC's defaults."""
+
+DECLARED = ("TargetAlias", "TargetAddress", "TargetPortalGroupTag")
+"""What a target says of itself: it wants no answer."""
 
 SECURITY, NEGOTIATION, FULL = 0, 1, 3
 """The stages of a login."""
@@ -75,6 +83,7 @@ class Login:
         self._deadline = deadline
         self._discovery = discovery
         self._stage = SECURITY
+        self.group = 1
         # Type "random" (RFC 7143, 11.12.5): another session's identifier would end that one.
         self._isid = b"\x80" + os.urandom(5)
         self._expected = 0
@@ -89,20 +98,35 @@ class Login:
         Raises: Refused, NotIscsi, NotProven; OSError; TimeoutError.
         """
         definition = self._definition
-        whom = {"SessionType": "Discovery"} if self._discovery else {"TargetName": definition.target}
-        first = {"InitiatorName": definition.initiator, **whom, "AuthMethod": _methods(definition.chap)}
+        first = {
+            "InitiatorName": definition.initiator,
+            "SessionType": "Discovery" if self._discovery else "Normal",
+            **({} if self._discovery else {"TargetName": definition.target}),
+            "AuthMethod": ",".join(self._methods),
+        }
         said = self._exchange(SECURITY, first, ready=definition.chap is None)
+        tag = said.get("TargetPortalGroupTag", "")
+        self.group = int(tag) if tag.isdigit() else self.group
         if self._stage == SECURITY:
             self._authenticate(said)
-        elif definition.chap is not None and definition.chap.mutual_secret is not None:
+        elif "None" not in self._methods:
             raise NotProven
         self._negotiate()
+
+    @property
+    def _methods(self) -> Sequence[str]:
+        """What is offered. A target that has no secret to ask for need not, unless it has to prove itself; a portal
+        that is asked for addresses need not."""
+        who = self._definition.chap
+        if who is None:
+            return ["None"]
+        return ["CHAP"] if who.mutual_secret is not None and not self._discovery else ["CHAP", "None"]
 
     def _authenticate(self, said: Mapping[str, str]) -> None:
         method = said.get("AuthMethod")
         if method == "CHAP" and self._definition.chap is not None:
             self._prove(self._definition.chap)
-        elif method == "None":
+        elif method == "None" and "None" in self._methods:
             self._exchange(SECURITY, {}, ready=True)
         else:
             raise NotIscsi(f"it chose the authentication method '{method}', which was not offered")
@@ -125,11 +149,13 @@ class Login:
         _check_proof(said, who.mutual_user or "", expected)
 
     def _negotiate(self) -> None:
-        self._exchange(NEGOTIATION, OPERATIONAL, ready=True)
+        """Agree on what the session is like. What a target proposes of its own accord is accepted."""
+        words: Mapping[str, str] = OPERATIONAL
         for _ in range(MOST_EXCHANGES):
+            said = self._exchange(NEGOTIATION, words, ready=True)
             if self._stage == FULL:
                 return
-            self._exchange(NEGOTIATION, {}, ready=True)
+            words = {key: value for key, value in said.items() if key not in OPERATIONAL and key not in DECLARED}
         raise NotIscsi("its negotiation does not end")
 
     def _exchange(self, stage: int, words: Mapping[str, str], *, ready: bool = False) -> dict[str, str]:
@@ -251,13 +277,6 @@ class Login:
                 raise NotIscsi("it closed the connection")
             taken += more
         return taken
-
-
-def _methods(who: Chap | None) -> str:
-    """What is offered. A target that has no secret to ask for need not, unless it has to prove itself."""
-    if who is None:
-        return "None"
-    return "CHAP,None" if who.mutual_secret is None else "CHAP"
 
 
 def _check_proof(said: Mapping[str, str], name: str, expected: bytes) -> None:

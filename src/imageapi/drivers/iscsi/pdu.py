@@ -84,10 +84,15 @@ def decode_text(data: bytes) -> list[tuple[str, str]]:
     return [(key, value) for key, equals, value in (line.partition("=") for line in lines) if equals]
 
 
+def lun_word(lun: int) -> int:
+    """A LUN with its addressing method, as SAM-5 has it and the kernel and QEMU want to be told: peripheral addressing
+    up to 255, flat space addressing above."""
+    return lun if lun < 256 else 0x4000 | lun
+
+
 def lun_bytes(lun: int) -> bytes:
-    """A LUN as SAM-5 has it: peripheral addressing up to 255, flat space addressing above."""
-    first = lun if lun < 256 else 0x4000 | lun
-    return first.to_bytes(2, "big") + bytes(6)
+    """A LUN in a message."""
+    return lun_word(lun).to_bytes(2, "big") + bytes(6)
 
 
 def lun_number(eight: bytes) -> int:

@@ -12,6 +12,8 @@ import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from imageapi.drivers.iscsi import login
 from imageapi.drivers.iscsi.login import DISK, REDIRECTIONS, Login, NotIscsi, NotProven, Refused
 from imageapi.drivers.qmp import Deadline
@@ -26,10 +28,11 @@ _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<host>[^\[\]:]+))(?::(?P<port>
 
 
 class Portal(NamedTuple):
-    """An address and TCP port at which a target listens."""
+    """An address and TCP port at which a target listens, and the number of the target's group that it is in."""
 
     ip: str
     port: int
+    group: int = 1
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
@@ -43,7 +46,7 @@ def parse(text: str, default_port: int = 3260) -> Portal:
     match = _ADDRESS.fullmatch(text)
     if match is None:
         raise ValueError(f"'{text}' is no portal")
-    return Portal(match["six"] or match["host"], int(match["port"] or default_port))
+    return Portal(match["six"] or match["host"], int(match["port"] or default_port), int(match["group"] or 1))
 
 
 def resolve(definition: Iscsi) -> list[Portal]:
@@ -121,24 +124,28 @@ def _redirection(address: str, definition: Iscsi, portal: Portal) -> Portal:
 def _look(portal: Portal, definition: Iscsi, deadline: Deadline, *, discover: bool) -> list[Portal]:
     with _session(portal, definition, deadline) as session:
         check_unit(session, definition)
+        portal = portal._replace(group=session.group)
     others = _named(portal, definition, deadline) if discover else []
     return list(dict.fromkeys([portal, *_usable(others, portal)]))
 
 
 def _named(portal: Portal, definition: Iscsi, deadline: Deadline) -> list[str]:
-    """The target's portals, as this one names them; none where it does not let us ask, which may want another
-    secret."""
-    try:
-        with _session(portal, definition, deadline, discovery=True) as session:
-            return session.portals()
-    except (OSError, Refused, NotIscsi, NotProven):
-        return []
+    """The target's portals, as this one names them; none where it does not let us ask. Most let everybody, and have no
+    account for this: so the target's own is tried second."""
+    for who in dict.fromkeys((None, definition.chap)):
+        asking = msgspec.structs.replace(definition, chap=who)
+        try:
+            with _session(portal, asking, deadline, discovery=True) as session:
+                return session.portals()
+        except (OSError, Refused, NotIscsi, NotProven):
+            continue
+    return []
 
 
 @contextlib.contextmanager
 def _session(portal: Portal, definition: Iscsi, deadline: Deadline, *, discovery: bool = False) -> Iterator[Login]:
     seconds = min(CONNECT_TIMEOUT, deadline.left())
-    with socket.create_connection(portal, seconds) as connection:
+    with socket.create_connection(portal[:2], seconds) as connection:
         session = Login(connection, definition, Deadline(seconds), discovery=discovery)
         session.log_in()
         yield session
@@ -179,6 +186,6 @@ def _disks(session: Login) -> str:
 def answers(definition: Iscsi) -> bool:
     """Whether any of the portals takes a connection now."""
     for portal in resolve(definition):
-        with contextlib.suppress(OSError), socket.create_connection(portal, CONNECT_TIMEOUT):
+        with contextlib.suppress(OSError), socket.create_connection(portal[:2], CONNECT_TIMEOUT):
             return True
     return False

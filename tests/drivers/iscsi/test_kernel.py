@@ -1,0 +1,199 @@
+"""The iscsi driver in a guest, with the kernel's initiator and open-iscsi, on a target of this side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivers.iscsi.on_target import (
+    ACCOUNT,
+    FAR,
+    GUARDED,
+    IMAGE,
+    INITIATOR,
+    MUTUAL,
+    OPEN,
+    SCRATCH,
+    TARGET_ACCOUNT,
+    Lab,
+    fill,
+)
+from lab import lio
+from lab.guest.guest import Guest
+from lab.guest.network import SERVER, SERVER_V6, Network
+from lab.guest.server import GuestServer
+from lab.iscsi import PORT, Server
+from lab.machine import Machine
+from lab.server import box, eventually
+
+pytestmark = pytest.mark.guest
+
+OTHER_PORTAL = "10.99.0.2"
+CHAP = {"user": ACCOUNT.user, "secret": ACCOUNT.secret}
+PROOF = {"mutual_user": TARGET_ACCOUNT.user, "mutual_secret": TARGET_ACCOUNT.secret}
+
+
+@pytest.fixture(scope="module")
+def lab(machine: Machine, lab_network: Network, small_squashfs: Path) -> Iterator[Lab]:
+    """A server that guests reach."""
+    portals = [f"{OTHER_PORTAL}:{PORT}", f"[{SERVER_V6}]:{PORT}"]
+    server = Server(str(machine.session.fast / "iscsi-guest"), portals, host=SERVER, enter=lab_network.enter)
+    with machine.expecting():
+        server.start()
+        fill(server, small_squashfs)
+    yield Lab(server, small_squashfs.read_bytes())
+    server.stop()
+
+
+@pytest.fixture
+def initiator(guest: Guest, lab: Lab) -> Guest:
+    """A guest in which iscsid runs."""
+    with guest.expecting():
+        guest.start("iscsid", "-f")
+        eventually(lambda: "ISCSIADM_ABSTRACT" in guest.read("/proc/net/unix").decode(), "iscsid listens")
+    return guest
+
+
+def asked(**fields: Any) -> dict[str, Any]:
+    """An attachment of the image on the open target, read-only; `fields` say otherwise."""
+    return {"initiator": INITIATOR, "target": OPEN, "host": SERVER, "lun": IMAGE, "ro": True, **fields}
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "CHAP": {"target": GUARDED, "chap": CHAP, "scheduler": "none", "queue_depth": 7},
+    "mutual CHAP": {"target": MUTUAL, "chap": {**CHAP, **PROOF, "user": "node2"}},
+    "a LUN above 255": {"lun": FAR},
+    "IPv6": {"host": SERVER_V6},
+}
+
+
+def test_the_device_is_the_logical_unit_as_it_was_asked_for(initiator: Guest) -> None:
+    for case, fields in GOOD.items():
+        found = initiator.call("drivers.iscsi.in_guest:looked_at", asked(**fields))
+        assert (found["device"], found["observed"], found["begins"]) == ("/dev/sda", "/dev/sda", "hsqs"), case
+        assert (found["ro"], found["sessions"], found["left"], found["others"]) == ("1", 1, [], []), case
+        assert f"[{fields.get('scheduler', 'mq-deadline')}]" in found["queue/scheduler"], case
+        assert found["device/queue_depth"] == str(fields.get("queue_depth", 16)), case
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "a wrong secret": ({"target": GUARDED, "chap": {**CHAP, "secret": "not-the-secret"}}, 422, "$.chap.secret"),
+    "no CHAP": ({"target": GUARDED}, 422, "$.chap"),
+    "no proof": (
+        {"target": MUTUAL, "chap": {**CHAP, **PROOF, "user": "node2", "mutual_secret": "another-one"}},
+        422,
+        "$.chap.mutual_secret",
+    ),
+    "no such target": ({"target": "iqn.2026-01.test:none"}, 422, "$.target"),
+    "no such LUN": ({"lun": 7}, 422, "$.lun"),
+    "no such scheduler": ({"scheduler": "fair"}, 422, "$.scheduler"),
+    "no portal": ({"port": 3999}, 504, "$.host"),
+}
+
+
+def test_what_cannot_be_attached_says_why_and_leaves_nothing(initiator: Guest) -> None:
+    for case, (fields, code, path) in REFUSED.items():
+        problem = initiator.call("drivers.iscsi.in_guest:refused", asked(**fields))
+        assert (problem["code"], problem["path"]) == (code, path), (case, problem)
+
+
+def test_a_host_without_iscsid_is_told_to_start_it(guest: Guest, lab: Lab) -> None:
+    problem = guest.call("drivers.iscsi.in_guest:refused", asked())
+    assert (problem["code"], "systemctl start iscsid" in problem["message"]) == (501, True), problem
+
+
+def test_an_attach_and_a_detach_killed_halfway_leave_nothing(initiator: Guest) -> None:
+    """Not at every step: a login takes its time here."""
+    assert initiator.call("drivers.iscsi.in_guest:killed", asked(), "acquire", 5, 19) > 1
+    assert initiator.call("drivers.iscsi.in_guest:killed", asked(), "release", 3, 19) > 1
+
+
+# -------------------------------------------------------------------------------------- the kernel's own target
+
+
+def test_a_target_with_two_portals_is_one_device_where_multipathd_runs(initiator: Guest) -> None:
+    chap = {**CHAP, **PROOF}
+    with initiator.expecting():
+        initiator.run("truncate", "--size", "8M", "/tmp/disk")
+        lio.serve(initiator, "/tmp/disk", INITIATOR, chap)
+    what = asked(target=lio.TARGET, host=lio.PORTALS[0], lun=0, chap=chap)
+    one = initiator.call("drivers.iscsi.in_guest:looked_at", what)
+    assert (one["device"], one["sessions"], one["left"]) == ("/dev/sda", 1, [])
+    by_qemu = initiator.call("drivers.iscsi.in_guest:looked_at", what, "daemon")
+    assert (by_qemu["device"][:9], by_qemu["sessions"], by_qemu["left"]) == ("/dev/loop", 0, [])
+    with initiator.expecting():
+        lio.run_multipathd(initiator)
+    both = initiator.call("drivers.iscsi.in_guest:looked_at", what)
+    assert (both["device"], both["observed"], both["sessions"]) == ("/dev/dm-0", "/dev/dm-0", 2)
+    assert (both["ro"], both["left"]) == ("1", [])
+
+
+# ------------------------------------------------------------------------------------------- through the server
+
+
+def test_a_container_on_a_squashfs_on_iscsi_beside_sessions_of_others(
+    initiator: Guest, guest_server: GuestServer
+) -> None:
+    with initiator.expecting():
+        portal = f"{SERVER}:{PORT},1"
+        initiator.run("iscsiadm", "-m", "node", "-o", "new", "-T", OPEN, "-p", portal)
+        initiator.run("iscsiadm", "-m", "node", "-T", OPEN, "-p", portal, "--login")
+        eventually(lambda: "sdc" in initiator.run("ls", "/sys/block"), "the other's disks are there")
+    lower = [
+        {"kind": "iscsi", "iscsi": {"fs_type": "squashfs", "iscsi": fields}}
+        for fields in (asked(target=GUARDED, chap=CHAP), asked())
+    ]
+    mount = {"kind": "overlay", "overlay": {"lower": lower}}
+    made = guest_server.post("/container", box("/bin/none", mount=mount, state="created"))
+    assert len({each["device_file"] for each in guest_server.get("/attach")}) == 2
+    assert ACCOUNT.secret not in str(guest_server.everything())
+    guest_server.delete(f"/container/{made['id']}")
+    assert guest_server.everything() == []
+    assert initiator.run("ls", "/sys/class/iscsi_session").split() == ["session1"]
+
+
+def test_a_writer_is_alone_and_what_it_wrote_is_on_the_target(
+    initiator: Guest, guest_server: GuestServer, machine: Machine, lab: Lab
+) -> None:
+    writer = asked(lun=SCRATCH, ro=False)
+    made = guest_server.post("/attach/iscsi", writer)
+    problem = guest_server.refused("POST", "/attach/iscsi", 409, asked(lun=SCRATCH, host=OTHER_PORTAL))
+    assert "options.force" in problem["message"]
+    forced = guest_server.post("/attach/iscsi", {**writer, "options": {"force": True}})
+    guest_server.delete(f"/attach/iscsi/{forced['id']}")
+
+    initiator.run("dd", f"of={made['device_file']}", "bs=64k", "conv=fsync", stdin=lab.image)
+    user = initiator.start("sh", "-c", f"exec 9<{made['device_file']}; exec sleep 1000")
+    eventually(lambda: initiator.read(f"/proc/{user}/comm") == b"sleep\n", "the device is open")
+    problem = guest_server.refused("DELETE", f"/attach/iscsi/{made['id']}", 409)
+    assert problem["holders"] == [f"process {user} (sleep)"]
+    initiator.kill(user)
+
+    lab.server.kill()
+    try:
+        eventually(lambda: b"FAILED" in initiator.read("/sys/class/iscsi_session/session1/state"), "its end is seen")
+        problem = guest_server.refused("DELETE", f"/attach/iscsi/{made['id']}", 504)
+        assert "when the target is back" in problem["message"]
+    finally:
+        with machine.expecting():
+            lab.server.start()
+    eventually(lambda: guest_server.get("/attach") == [], "it is detached by itself", 60)
+    assert lab.scratch.read_bytes()[: len(lab.image)] == lab.image
+
+
+def test_what_is_only_read_is_detached_while_the_target_is_away(
+    initiator: Guest, guest_server: GuestServer, machine: Machine, lab: Lab
+) -> None:
+    mount = {"fs_type": "squashfs", "mount_options": ["ro"], "iscsi": asked()}
+    made = guest_server.post("/mount/iscsi", mount)
+    lab.server.kill()
+    try:
+        eventually(lambda: b"FAILED" in initiator.read("/sys/class/iscsi_session/session1/state"), "its end is seen")
+        guest_server.delete(f"/mount/iscsi/{made['id']}")
+        assert guest_server.everything() == []
+    finally:
+        with machine.expecting():
+            lab.server.start()

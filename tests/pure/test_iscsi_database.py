@@ -1,0 +1,84 @@
+"""open-iscsi's records as we write them, in a place of the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imageapi import errors
+from imageapi.config import Site
+from imageapi.drivers.iscsi import database, kernel
+from imageapi.drivers.iscsi.portals import Portal
+from imageapi.records import Key
+from imageapi.spec import Chap, Iscsi, Secret
+
+pytestmark = pytest.mark.pure
+
+NAME = database.mark(Site(instance="0123abcd"), Key("attach", 3))
+PORTAL = Portal("10.0.0.1", 3260, 2)
+CHAP = Chap("node", Secret("s3cret"), "storage", Secret("pr00f"))
+WHAT = Iscsi(initiator="iqn.a:me", target="iqn.b:it", host="h", chap=CHAP, max_comands=64, queue_depth=8)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(database, "PLACES", (str(tmp_path / "nowhere"), str(tmp_path)))
+    return tmp_path
+
+
+def files(place: Path) -> list[str]:
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+
+
+def test_the_records_are_there_while_they_are_needed_and_for_root_alone(place: Path) -> None:
+    with database.node(NAME, WHAT, PORTAL):
+        interface, node = files(place)
+        assert (interface, node) == (f"ifaces/{NAME}", f"nodes/iqn.b:it/10.0.0.1,3260,2/{NAME}")
+        assert {(place / name).stat().st_mode & 0o777 for name in (interface, node)} == {0o600}
+        assert "s3cret" not in (place / interface).read_text()
+        said = dict(line.split(" = ") for line in (place / node).read_text().splitlines())
+        assert database.left(NAME)
+    assert (files(place), [*(place / "nodes").iterdir()], database.left(NAME)) == ([], [], False)
+    assert said["iface.iscsi_ifacename"] == NAME == "imageapi-0123abcd-attach-3"
+    assert (said["iface.initiatorname"], said["node.session.scan"]) == ("iqn.a:me", "manual")
+    assert (said["node.session.cmds_max"], said["node.session.queue_depth"]) == ("64", "8")
+    assert (said["node.session.auth.password"], said["node.session.auth.password_in"]) == ("s3cret", "pr00f")
+    assert (said["node.session.auth.username"], said["node.session.auth.username_in"]) == ("node", "storage")
+
+
+def test_what_a_death_leaves_is_forgotten_and_nothing_else(place: Path) -> None:
+    with database.node("another", WHAT, PORTAL):
+        died = database.node(NAME, WHAT, PORTAL)
+        died.__enter__()
+        assert database.marked("imageapi-0123abcd-") == [NAME]
+        database.forget(NAME)
+        assert files(place) == ["ifaces/another", "nodes/iqn.b:it/10.0.0.1,3260,2/another"]
+        database.forget(NAME)
+
+
+def test_without_chap_none_is_offered() -> None:
+    said = database.fields(NAME, Iscsi(initiator="i", target="t", host="h"), PORTAL)
+    assert said["node.session.auth.authmethod"] == "None"
+    assert not any("password" in name for name in said)
+
+
+def test_a_place_that_cannot_be_written_is_named(place: Path) -> None:
+    (place / "ifaces").write_text("in the way")
+    with pytest.raises(errors.Unsupported, match=f"{place}, which cannot be written"), database.interface(NAME):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (20, errors.Unsupported, "systemctl start iscsid"),
+        (18, errors.Unsupported, "systemctl start iscsid"),
+        (24, errors.Invalid, "refuses user 'node'"),
+        (8, errors.TimedOut, "does not answer iscsid"),
+        (6, errors.Problem, "see its log"),
+    ],
+)
+def test_the_end_of_iscsiadm_in_the_users_terms(code: int, kind: type[errors.Problem], words: str) -> None:
+    problem = kernel.explain(code, "what it said", WHAT)
+    assert (type(problem), words in problem.message) == (kind, True)
