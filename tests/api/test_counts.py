@@ -98,6 +98,7 @@ def _woken(server: Server, seconds: float) -> dict[int, int]:
     [
         ("imageapi.server", 200, {"asyncio", "ssl", "hashlib", "shutil", "json", "urllib3", "tarfile"}),  # 190
         ("imageapi.service", 310, {"click", "multiprocessing", "urllib3", "tarfile"}),  # 298
+        ("imageapi.drivers.mount.uri", 165, {"urllib3", "ssl", "tarfile", "hashlib", "lzma", "zlib"}),  # 153
     ],
 )
 def test_what_a_start_imports(module: str, most: int, never: set[str]) -> None:

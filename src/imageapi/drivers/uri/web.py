@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from ssl import SSLCertVerificationError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -187,12 +187,11 @@ class Web:
     def _following(self, address: str, location: str) -> str:
         """Where a redirect leads. Raises: errors.Invalid, when it is not to be followed."""
         schemes = ("https",) if address.startswith("https:") else ("http", "https")
-        try:
+        following, parts = "", urlsplit("")
+        with suppress(ValueError):
             following = urljoin(address, location)
-            good = location and urlsplit(following).scheme in schemes and urlsplit(following).hostname
-        except ValueError:
-            good = False
-        if not good:
+            parts = urlsplit(following)
+        if not location or parts.scheme not in schemes or not parts.hostname:
             raise Invalid(f"it leads to an address that is not {' or '.join(schemes)}; it is not followed")
         return following
 
