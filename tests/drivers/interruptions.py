@@ -49,10 +49,11 @@ def errors(function: Callable[[], object]) -> Iterator[tuple[int, bool]]:
 
 
 class _Hook:
-    """Acts at one step."""
+    """Acts at one step of the process that it is made for, not of what that forks."""
 
     def __init__(self, step: int) -> None:
         self.left = step
+        self.process = 0
 
     def counts(self, frame: FrameType, event: str, argument: Any) -> bool:
         raise NotImplementedError
@@ -61,7 +62,7 @@ class _Hook:
         raise NotImplementedError
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if self.left and self.counts(frame, event, argument):
+        if self.left and os.getpid() == self.process and self.counts(frame, event, argument):
             self.left -= 1
             if self.left == 0:
                 self.act()
@@ -103,6 +104,7 @@ def _run(function: Callable[[], object], hook: _Hook) -> int:
 
 
 def _outcome(function: Callable[[], object], hook: _Hook) -> int:
+    hook.process = os.getpid()
     try:
         sys.setprofile(hook)
         try:

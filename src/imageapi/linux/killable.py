@@ -47,7 +47,17 @@ def _outcome(action: Callable[[], object], parent: int) -> int:
 
 
 def _await(child: int, seconds: float) -> int:
-    """How the child ended, by itself or killed."""
+    """How the child ended, by itself or killed. It has ended, too, when this fails."""
+    try:
+        _kill_after(child, seconds)
+        return os.waitpid(child, 0)[1]
+    except OSError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+
+
+def _kill_after(child: int, seconds: float) -> None:
     pidfd = os.pidfd_open(child)
     try:
         ended = select.poll()
@@ -56,4 +66,3 @@ def _await(child: int, seconds: float) -> int:
             os.kill(child, signal.SIGKILL)
     finally:
         os.close(pidfd)
-    return os.waitpid(child, 0)[1]

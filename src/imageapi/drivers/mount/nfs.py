@@ -19,7 +19,7 @@ from imageapi.spec import Nfs
 
 
 class Driver(LocalDriver):
-    """The kind `nfs`."""
+    """The kind `nfs`. Device nodes in the export mean nothing (nodev)."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Nfs = record.definition
@@ -32,8 +32,9 @@ class Driver(LocalDriver):
         os.mkdir(path, 0o755)
         with ExitStack() as undo:
             undo.callback(client.release, record, site)
-            client.mount_export(definition, chosen.flags, words, path)
-            detail = mounts.made(record, site)
+            client.mount_export(definition, chosen.flags | mount.MS_NODEV | mount.MS_NOSUID, words, path)
+            staging = 0 if chosen.flags & mount.MS_NOSUID else mount.MOUNT_ATTR_NOSUID
+            detail = {**mounts.made(record, site), "staging": staging}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 

@@ -115,8 +115,10 @@ def choose(definition: Nfs) -> Chosen:
     _check_versions(given, definition.version)
     _check_alternatives(given)
     _check_writing(definition)
-    flags |= mount.MS_NODEV | mount.MS_RDONLY * definition.ro
-    return Chosen(flags, {each.name: each.value for each in given if each.name not in _FORGOTTEN})
+    return Chosen(
+        flags | mount.MS_RDONLY * definition.ro,
+        {each.name: each.value for each in given if each.name not in _FORGOTTEN},
+    )
 
 
 def read_only(definition: Nfs) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import closing
 from typing import NamedTuple
 
 from imageapi.drivers.nfs import rpc
@@ -73,7 +72,7 @@ def answers(address: str, port: int, version: int, seconds: float = PATIENCE) ->
 
 def _resolved(host: str, family: socket.AddressFamily) -> list[str]:
     try:
-        # As bytes: for a str Python loads its IDNA codec first, several milliseconds in every new worker.
+        # As bytes: for a str Python loads its IDNA codec, several milliseconds in every new worker.
         found = socket.getaddrinfo(bare(host).encode(), None, family, socket.SOCK_STREAM)
     except socket.gaierror as error:
         sentence = (
@@ -85,9 +84,21 @@ def _resolved(host: str, family: socket.AddressFamily) -> list[str]:
 
 def _ask(address: str, port: int, program: int, version: int, seconds: float) -> str:
     """Raises: rpc.Absent, rpc.OtherVersions, OSError. Returns: this host's address towards it."""
-    with socket.create_connection((address, port), seconds) as channel:
+    with _connected(address, port, seconds) as channel:
         rpc.ping(channel, program, version)
         return str(channel.getsockname()[0])
+
+
+def _connected(address: str, port: int, seconds: float) -> socket.socket:
+    """A connection; socket.create_connection would load the IDNA codec."""
+    channel = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        channel.settimeout(seconds)
+        channel.connect((address, port))
+    except OSError:
+        channel.close()
+        raise
+    return channel
 
 
 def _check_mount_service(definition: Nfs, chosen: Chosen, address: str) -> None:
@@ -98,7 +109,7 @@ def _check_mount_service(definition: Nfs, chosen: Chosen, address: str) -> None:
     if definition.version != "3" or "mountport" in chosen.own:
         return
     try:
-        socket.create_connection((address, rpc.PORTMAPPER_PORT), PATIENCE).close()
+        _connected(address, rpc.PORTMAPPER_PORT, PATIENCE).close()
     except OSError as error:
         sentence = (
             f"rpcbind of server {definition.host} (port {rpc.PORTMAPPER_PORT}) does not answer, and version 3 asks it "
@@ -141,7 +152,7 @@ def _name(error: OSError) -> str:
 def has_lock_monitor() -> bool:
     """Whether rpc.statd runs on this host: without it the locks of version 3 fail when the first is taken."""
     try:
-        with closing(socket.create_connection(("127.0.0.1", rpc.PORTMAPPER_PORT), PATIENCE)) as channel:
+        with _connected("127.0.0.1", rpc.PORTMAPPER_PORT, PATIENCE) as channel:
             return rpc.port_of(channel, rpc.STATUS_MONITOR, 1, socket.IPPROTO_UDP) != 0
     except OSError:
         return False
