@@ -33,8 +33,12 @@ mount -t tmpfs closed {CLOSED}
 echo written by the server >/srv{STORE}/message
 """
 
+# nfsdcld knows that there are no clients who might reclaim their locks: else the first ten seconds are kept for them.
 _SERVICES = f"""
 mount -t nfsd nfsd /proc/fs/nfsd
+mkdir -p /run/rpc_pipefs /run/clients
+mount -t rpc_pipefs rpc_pipefs /run/rpc_pipefs
+nfsdcld --pipefsdir=/run/rpc_pipefs --storagedir=/run/clients
 rpcbind -w
 for client in 10.77.0.2 '[fd77::2]'; do
     exportfs -o ro,fsid=0 "$client:/srv"

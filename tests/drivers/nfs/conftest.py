@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from lab.guest.guest import Guest
+from lab.guest.server import GuestServer
 from lab.nfs import NfsServer
 
 
@@ -15,3 +18,12 @@ def storage(guest: Guest) -> NfsServer:
     with guest.expecting():
         server.start()
     return server
+
+
+@pytest.fixture
+def impatient_server(guest: Guest) -> Iterator[GuestServer]:
+    """A server in the guest that waits for nothing longer than six seconds."""
+    server = GuestServer(guest, "--operation-timeout", "6s")
+    server.start()
+    yield server
+    server.remove()

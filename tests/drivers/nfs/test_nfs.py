@@ -19,6 +19,12 @@ def export(host: str = HOST, path: str = STORE, **more: Any) -> dict[str, Any]:
     return {"host": host, "path": path, **more}
 
 
+def image_on_server() -> dict[str, Any]:
+    """A mount of the small image, which is a file of the server's."""
+    image = {"path": "small.sqsh", "base": "mount", "mount": {"kind": "nfs", "nfs": export(ro=True)}, "ro": True}
+    return {"kind": "loopback", "loopback": {"fs_type": "squashfs", "loopback": image}}
+
+
 MOUNTABLE: dict[str, tuple[dict[str, Any], str]] = {
     # name: (definition, words of the mount's options as the kernel shows them)
     "the default": (export(), "rw,vers=4.2"),
@@ -70,11 +76,9 @@ def what_was_written_is_with_the_server(guest: Guest, guest_server: GuestServer)
 
 def an_image_becomes_a_container_in_one_request(guest: Guest, guest_server: GuestServer) -> None:
     guest.put(small_image(), f"/srv{STORE}/small.sqsh")
-    image = {"path": "small.sqsh", "base": "mount", "mount": {"kind": "nfs", "nfs": export(ro=True)}, "ro": True}
-    layer = {"kind": "loopback", "loopback": {"fs_type": "squashfs", "loopback": image}}
     tree = {"kind": "nfs", "nfs": export(path=f"{STORE}/tree")}
     guest.sh(f"unsquashfs -quiet -no-progress -dest /srv{STORE}/tree /srv{STORE}/small.sqsh")
-    for lower in (layer, tree):
+    for lower in (image_on_server(), tree):
         mount = {"kind": "overlay", "overlay": {"lower": [lower]}}
         made = guest_server.post("/container", box("/bin/sh -c 'echo new >/data/new; cat /data/new'", mount=mount))
         guest_server.await_state(made["id"], "exited")
@@ -118,41 +122,51 @@ def test_what_cannot_be_mounted_says_why_and_leaves_nothing(
     assert guest_server.everything() == []
 
 
+def writer_in(guest: Guest, mount: dict[str, Any]) -> int:
+    """A process that goes on writing to a file in the mount, and has begun; its pid."""
+    name = str(mount["id"])
+    script = f"exec >>{mount['mountpoint']}/{name}; while :; do echo x; sleep 0.01; done"
+    pid = guest.start("sh", "-c", script)
+    eventually(lambda: guest.complete("test", "-s", f"/srv{STORE}/{name}").returncode == 0, "it writes")
+    return pid
+
+
 def test_a_server_that_falls_silent_costs_only_what_is_asked_of_it(
-    guest: Guest, guest_server: GuestServer, storage: NfsServer
+    guest: Guest, impatient_server: GuestServer, storage: NfsServer
 ) -> None:
-    unwritten, written, given_up = (guest_server.post("/mount/nfs", export()) for _ in range(3))
-    users = [guest.start("sh", "-c", f"exec >>{one['mountpoint']}/{one['id']}; while :; do echo x; sleep 0.01; done")
-             for one in (written, given_up)]  # fmt: skip
-    eventually(lambda: guest.complete("test", "-s", f"/srv{STORE}/{given_up['id']}").returncode == 0, "it writes")
+    server = impatient_server
+    guest.put(small_image(), f"/srv{STORE}/small.sqsh")
+    unwritten, written, given_up = (server.post("/mount/nfs", export()) for _ in range(3))
+    reading = "/bin/sh -c 'while :; do cat /bin/busybox >/dev/null; done'"
+    mount = {"kind": "overlay", "overlay": {"lower": [image_on_server()]}}
+    container = server.post("/container", box(reading, mount=mount))
+    writers = [writer_in(guest, each) for each in (written, given_up)]
     storage.silence()
-    guest.run("kill", "-KILL", *map(str, users))
+    guest.run("kill", "-KILL", *map(str, writers))
+    guest.sh("echo 3 >/proc/sys/vm/drop_caches")
 
-    guest_server.refused("POST", "/mount/nfs", 504, export())
-    guest_server.kill()
-    guest_server.start()
-    assert [one.get("problem") for one in guest_server.get("/mount")] == [None] * 3, "nobody is asked for them"
-    guest_server.post("/mount/tmpfs", {"size": "1M"})
+    server.refused("POST", "/mount/nfs", 504, export())
+    server.kill()
+    server.start()
+    assert [one.get("problem") for one in server.everything()] == [None] * 8, "nobody is asked for them"
+    memory = server.post("/mount/tmpfs", {"size": "1M"})
+    server.delete(f"/mount/tmpfs/{memory['id']}")
 
-    guest_server.delete(f"/mount/nfs/{unwritten['id']}")
-    for one in (written, given_up):
-        problem = guest_server.refused("DELETE", f"/mount/nfs/{one['id']}", 504)
-        assert "has not taken all that was written" in problem["message"]
-        assert "is being deleted" in guest_server.get(f"/mount/nfs/{one['id']}")["problem"]
+    server.delete(f"/mount/nfs/{unwritten['id']}")
+    said = [server.refused("DELETE", f"/mount/nfs/{each['id']}", 504)["message"] for each in (written, given_up)]
+    assert all("has not taken all that was written" in each for each in said)
+    assert "is being deleted" in server.get(f"/mount/nfs/{written['id']}")["problem"]
+    assert "has not ended in 6s" in server.refused("DELETE", f"/container/{container['id']}?force=1", 504)["message"]
 
-    command = problem["message"].split("'")[1]
+    command = said[1].split("'")[1]
     assert command.startswith("echo 1 > /sys/fs/nfs/")
     guest.sh(command)
-    eventually(
-        lambda: guest_server.http.get(f"/mount/nfs/{given_up['id']}").status_code == 404, "what is given up goes"
-    )
+    eventually(lambda: server.http.get(f"/mount/nfs/{given_up['id']}").status_code == 404, "what is given up goes")
 
     storage.speak()
-    eventually(
-        lambda: guest_server.http.get(f"/mount/nfs/{written['id']}").status_code == 404, "the rest goes, too", 60
-    )
-    for user in users:
-        guest.await_end(user)
+    eventually(lambda: server.everything() == [], "the rest goes, too", 60)
+    for writer in writers:
+        guest.await_end(writer)
 
 
 def test_what_is_interrupted_at_any_step_is_undone(guest: Guest, storage: NfsServer) -> None:

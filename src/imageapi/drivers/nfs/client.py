@@ -27,7 +27,7 @@ MOUNT_SECONDS = 14.0
 """For the kernel to mount, once the server has answered. The service gives a create 25 s."""
 WRITE_SECONDS = 12.0
 """For the server to take what was written."""
-UNMOUNT_SECONDS = 4.0
+UNMOUNT_SECONDS = 2.0
 """For the server to hear that the client leaves: then it is left to find out by itself."""
 
 

@@ -57,7 +57,9 @@ def _of_transport(error: OSError, definition: Nfs, fs_type: str, data: str) -> P
         case errno.EINVAL | errno.ESRCH:
             return _refused_options(error, definition, fs_type, data)
         case errno.ETIMEDOUT | errno.EIO | None:
-            sentence = f"server {host} is there, but does not mount '{definition.path}': see its log"
+            sentence = (
+                f"server {host} is there, but does not mount '{definition.path}': see that rpc.mountd runs, and its log"
+            )
             return TimedOut(sentence, path="$.host", errno=name, detail=str(error))
         case _:
             return Problem(f"the kernel does not mount from server {host}: {error.strerror} ({name})", errno=name)
