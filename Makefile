@@ -18,13 +18,13 @@ TEST_PACKAGES := $(DEMO_PACKAGES) btrfs-progs ceph-common ceph-mon ceph-osd e2fs
 	iproute2 libc6-dev openssl qemu-block-extra qemu-system-common strace sudo tgt xfsprogs $(LAB_PACKAGES)
 
 # What the benchmark runs: whom it measures the service against, and what it makes programs and images with.
-BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun gcc libc6-dev mmdebstrap mount podman procps \
+BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun erofs-utils gcc libc6-dev mmdebstrap mount podman procps \
 	qemu-block-extra qemu-system-common runc squashfs-tools systemd-container util-linux
 
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest"
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test test-pure lab demo bench flame lock clean
+.PHONY: help setup setup-dev check test test-pure lab demo bench bench-images flame lock clean
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -53,6 +53,9 @@ demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image
 
 bench: $(VENV)/stamp-run bench-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
 	PYTHONPATH=tests $(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+bench-images: $(VENV)/stamp-run bench-packages  ## Compare squashfs and EROFS, each with several compressions: size, and time to read (needs root).
+	PYTHONPATH=src $(BIN)/python -m tools.bench_images $(BENCH_ARGS)
 
 flame: $(VENV)/stamp-run bench-packages build/py-spy/bin/py-spy  ## Draw docs/flame.svg: where the processor time of creates and deletes goes (needs root).
 	$(BIN)/python -m tools.bench.flame build/py-spy/bin/py-spy docs/flame.svg
