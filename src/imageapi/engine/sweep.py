@@ -14,7 +14,6 @@ from functools import partial
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
-from imageapi.drivers.nfs import client
 from imageapi.errors import Problem
 from imageapi.linux import iscsi, mount, mountinfo
 from imageapi.linux.tree import remove_tree
@@ -49,7 +48,9 @@ def _sweep_mounts(site: Site, tokens: Collection[int]) -> list[str]:
 
 def _clear_directory(path: str) -> None:
     while mountinfo.at(path):
-        client.unmount(path)  # of a server that may be silent: others are unmounted by it as well
+        from imageapi.drivers.nfs import client
+
+        client.unmount(path)  # what the mount is of may be silent: so it is not waited for
     if os.path.basename(path).startswith("mount_"):
         os.rmdir(path)
     else:
