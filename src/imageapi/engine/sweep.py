@@ -15,7 +15,7 @@ from functools import partial
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
 from imageapi.errors import Problem
-from imageapi.linux import iscsi, mount, mountinfo
+from imageapi.linux import iscsi, mountinfo
 from imageapi.linux.tree import remove_tree
 from imageapi.records import Key
 
