@@ -93,11 +93,10 @@ def flush(site: Site, key: Key, device: str, hint: str) -> None:
 
     Raises: errors.Problem.
     """
-    refused = storage_daemon.private_path(site, key, REFUSED)
-    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        _sync(device)
     except OSError as error:
+        refused = storage_daemon.private_path(site, key, REFUSED)
         if os.path.exists(refused):
             return
         os.makedirs(os.path.dirname(refused), mode=0o700, exist_ok=True)
@@ -109,5 +108,12 @@ def flush(site: Site, key: Key, device: str, hint: str) -> None:
             step="flush",
             detail=str(error),
         ) from None
+
+
+def _sync(device: str) -> None:
+    """Raises: OSError, also when the kernel has given up the device (ENXIO)."""
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

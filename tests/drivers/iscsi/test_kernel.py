@@ -57,6 +57,11 @@ def initiator(guest: Guest, lab: Lab) -> Guest:
     return guest
 
 
+def await_state(guest: Guest, session: int, state: str) -> None:
+    path = f"/sys/class/iscsi_session/session{session}/state"
+    eventually(lambda: guest.read(path).decode().strip() == state, f"session {session} is {state}")
+
+
 def asked(**fields: Any) -> dict[str, Any]:
     """An attachment of the image on the open target, read-only; `fields` say otherwise."""
     return {"initiator": INITIATOR, "target": OPEN, "host": SERVER, "lun": IMAGE, "ro": True, **fields}
@@ -174,7 +179,7 @@ def test_a_writer_is_alone_and_what_it_wrote_is_on_the_target(
 
     lab.server.kill()
     try:
-        eventually(lambda: b"FAILED" in initiator.read("/sys/class/iscsi_session/session1/state"), "its end is seen")
+        await_state(initiator, 1, "FAILED")
         problem = guest_server.refused("DELETE", f"/attach/iscsi/{made['id']}", 504)
         assert "when the target is back" in problem["message"]
     finally:
@@ -184,15 +189,21 @@ def test_a_writer_is_alone_and_what_it_wrote_is_on_the_target(
     assert lab.scratch.read_bytes()[: len(lab.image)] == lab.image
 
 
-def test_what_is_only_read_is_detached_while_the_target_is_away(
+def test_a_target_that_stays_away_costs_what_was_not_written_and_no_more(
     initiator: Guest, guest_server: GuestServer, machine: Machine, lab: Lab
 ) -> None:
-    mount = {"fs_type": "squashfs", "mount_options": ["ro"], "iscsi": asked()}
-    made = guest_server.post("/mount/iscsi", mount)
+    """What is only read is detached at once; what was written when the kernel gives it up, and that is told once."""
+    read = guest_server.post("/mount/iscsi", {"fs_type": "squashfs", "mount_options": ["ro"], "iscsi": asked()})
+    written = guest_server.post("/attach/iscsi", asked(lun=SCRATCH, ro=False, max_comands=1))
+    initiator.sh("echo 1 >/sys/class/iscsi_session/session2/recovery_tmo")
     lab.server.kill()
     try:
-        eventually(lambda: b"FAILED" in initiator.read("/sys/class/iscsi_session/session1/state"), "its end is seen")
-        guest_server.delete(f"/mount/iscsi/{made['id']}")
+        await_state(initiator, 1, "FAILED")
+        guest_server.delete(f"/mount/iscsi/{read['id']}")
+        await_state(initiator, 2, "FREE")
+        problem = guest_server.refused("DELETE", f"/attach/iscsi/{written['id']}", 500)
+        assert "which are lost" in problem["message"]
+        guest_server.delete(f"/attach/iscsi/{written['id']}")
         assert guest_server.everything() == []
     finally:
         with machine.expecting():

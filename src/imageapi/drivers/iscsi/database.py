@@ -22,6 +22,8 @@ PLACES = ("/var/lib/iscsi", "/etc/iscsi")
 
 RECOVERY_SECONDS = 120
 """After which I/O to a target that is away fails; open-iscsi's default."""
+FEWEST_COMMANDS = 16
+"""The kernel refuses a session with fewer (ISCSI_TOTAL_CMDS_MIN)."""
 LOGIN_SECONDS = 5
 LOGOUT_SECONDS = 5
 
@@ -86,7 +88,7 @@ def fields(name: str, definition: Iscsi, portal: Portal) -> dict[str, str | int]
         "node.startup": "manual",
         **_interface(name, definition.initiator),
         "node.session.scan": "manual",
-        "node.session.cmds_max": definition.max_comands,
+        "node.session.cmds_max": max(definition.max_comands, FEWEST_COMMANDS),
         "node.session.queue_depth": definition.queue_depth,
         "node.session.initial_login_retry_max": 1,
         "node.session.timeo.replacement_timeout": RECOVERY_SECONDS,
