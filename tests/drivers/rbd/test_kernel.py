@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from lab.ceph import Cluster
+from lab.guest.guest import Guest
 from lab.guest.network import SERVER, SERVER_V6, Network
 from lab.guest.server import GuestServer
 from lab.images import small_image
@@ -256,3 +258,11 @@ def test_a_container_on_an_image_and_nothing_left(guest_server: GuestServer, rbd
     assert guest_server.get(f"/container/{made['id']}")["state"] == "running"
     guest_server.clear()
     assert guest_server.guest.sh(f"ls {BUS}/devices; ls /run/imageapi/mounts") == ""
+
+
+def test_a_death_at_any_step_leaves_nothing(guest: Guest, rbd: Body) -> None:
+    record = json.dumps({"id": 1, "token": 1, "spec": {"kind": "rbd", "rbd": rbd(ro=True)}})
+    done = guest.complete("python3", "-m", "drivers.in_guest", stdin=record, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()
+    acquire, release, calls = json.loads(done.stdout)
+    assert (acquire > 20, release > 5, calls > 10) == (True, True, True), done.stdout

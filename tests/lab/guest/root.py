@@ -27,7 +27,7 @@ PACKAGES = (
     *("busybox-static", "kmod", "iproute2", "keyutils", "mount", "procps", "python3", "socat", "strace", "util-linux"),
     *("btrfs-progs", "dosfstools", "e2fsprogs", "erofs-utils", "genisoimage", "squashfs-tools", "xfsprogs"),
     *("nfs-common", "nfs-kernel-server", "rpcbind", "open-iscsi", "tgt", "multipath-tools", "dmsetup"),
-    *("qemu-system-common", "qemu-block-extra"),
+    *("qemu-system-common", "qemu-block-extra", "curl", "jq", "sudo"),
 )
 
 MODULES = (

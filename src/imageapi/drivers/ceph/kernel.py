@@ -50,20 +50,16 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
     release(key, definition, site, root)
     text = command(key, definition, site)
     secret = keys.decoded(definition.options.secret or NO_KEY)
-    with kmsg.Tail() as log:
-        try:
-            aside.call(_making(key, site), end - time.monotonic(), lambda: _map(text, site.mark(key), secret, root))
-        except OSError as error:
-            raise refusals.explain(error, definition, refusals.said(log)) from None
-    device = find(key, definition, site, root)
-    if device is None:
-        raise Problem("the kernel mapped the image and does not list it", step="map the image")
     try:
-        _check(device, definition, root)
-    except Problem:
+        with kmsg.Tail() as log:
+            try:
+                aside.call(_making(key, site), end - time.monotonic(), lambda: _map(text, site.mark(key), secret, root))
+            except OSError as error:
+                raise refusals.explain(error, definition, refusals.said(log)) from None
+        return _checked(find(key, definition, site, root), definition, root)
+    except (OSError, Problem):
         release(key, definition, site, root)
         raise
-    return device.file
 
 
 def _making(key: Key, site: Site) -> str:
@@ -72,16 +68,20 @@ def _making(key: Key, site: Site) -> str:
 
 
 def _map(text: str, mark: str, secret: bytes, root: str) -> None:
-    """In the child: a process keyring is a process's own, and goes with it."""
-    with keyring.key("ceph", mark, secret):
-        krbd.map_image(text, root)
+    """In the child: a process keyring is a process's own, and goes with it. So there is nothing to undo, and nothing
+    that could fail once the image is mapped."""
+    keyring.add_key("ceph", mark, secret)
+    krbd.map_image(text, root)
 
 
-def _check(device: krbd.Device, definition: Rbd, root: str) -> None:
-    """What the kernel does not look at: that the cluster is the one meant, and that nobody else writes to the image.
+def _checked(device: krbd.Device | None, definition: Rbd, root: str) -> str:
+    """The block device, once what the kernel does not look at is as it should be: that the cluster is the one meant,
+    and that nobody else writes to the image.
 
     Raises: errors.Invalid, errors.Conflict.
     """
+    if device is None:
+        raise Problem("the kernel mapped the image and does not list it", step="map the image")
     fsid = definition.options.fsid
     if fsid and uuid.UUID(fsid) != uuid.UUID(device.cluster):
         raise Invalid(
@@ -95,6 +95,7 @@ def _check(device: krbd.Device, definition: Rbd, root: str) -> None:
             "one, map both read-only, or set options.force",
             path="$.image",
         )
+    return device.file
 
 
 def _rival(device: krbd.Device, mapped: Sequence[krbd.Device]) -> krbd.Device | None:
