@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import Literal
 
 from drivers.bench import Bench, Made, stored, traces
 from drivers.interruptions import deaths, errors
@@ -12,9 +13,10 @@ from imageapi.records import Facts
 from imageapi.spec import Mount, Nfs
 
 RUN_DIR = "/run/contract"
+Version = Literal["3", "4.2"]
 
 
-def interrupted(host: str, path: str) -> dict[str, int]:
+def interrupted(host: str, path: str, version: Version) -> dict[str, int]:
     """Kill acquire and release at each of their steps, and let each call of acquire fail; what was left is undone by
     release. The steps of each.
 
@@ -23,7 +25,7 @@ def interrupted(host: str, path: str) -> dict[str, int]:
     site = Site(run_dir=RUN_DIR, instance="0badcafe")
     os.makedirs(site.mounts_dir)
     bench = Bench(site)
-    made = bench.plan(Mount(kind="nfs", nfs=Nfs(host, path)))
+    made = bench.plan(Mount(kind="nfs", nfs=Nfs(host, path, ro=True, version=version)))
     steps = {
         "killed in acquire": _killed_in_acquire(bench, made),
         "failed in acquire": _failed_in_acquire(bench, made),
