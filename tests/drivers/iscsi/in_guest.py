@@ -14,6 +14,7 @@ from drivers import interruptions
 from imageapi.config import Backend, Site
 from imageapi.drivers.attach.iscsi import Driver
 from imageapi.drivers.iscsi import database
+from imageapi.engine import sweep
 from imageapi.errors import Problem
 from imageapi.linux import iscsi
 from imageapi.records import AnyRecord, Record
@@ -102,3 +103,13 @@ def killed(fields: dict[str, Any], verb: str, first: int, every: int) -> int:
                 DRIVER.acquire(what, [], where)
         DRIVER.release(what, where)
     return kills
+
+
+def swept(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the start of a server removes of an attachment whose record is lost, and what it leaves."""
+    with site() as where:
+        os.mkdir(where.mounts_dir)
+        DRIVER.acquire(record(fields, 7), [], where)
+        removed = sweep.sweep(where, [], [])
+        os.rmdir(where.mounts_dir)
+        return {"removed": removed, "left": left(where)}

@@ -35,7 +35,7 @@ from drivers.iscsi.on_target import (
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import exported
-from imageapi.drivers.iscsi import portals
+from imageapi.drivers.iscsi import pdu, portals
 from imageapi.drivers.qmp import Deadline
 from imageapi.linux import blockqueue, loop, mount
 from imageapi.spec import Secret
@@ -215,6 +215,14 @@ def test_a_portal_that_speaks_something_else(site: Site, lab: Lab, data: bytes) 
     with answering(data) as address:
         refusal = problem(site, definition(lab, host=address))
     assert (refusal.code, f"what listens at {address}:3260 is no iSCSI target" in refusal.message) == (500, True)
+
+
+def test_a_portal_that_sends_us_to_another(lab: Lab) -> None:
+    address = pdu.encode_text({"TargetAddress": f"{lab.server.host}:3260,1"})
+    status = bytes(28) + (0x0101).to_bytes(2, "big")
+    with answering(pdu.encode(pdu.LOGIN_RESPONSE, 0, status, address)) as host:
+        found = portals.reach(definition(lab, host=host), Deadline(5))
+    assert [str(each) for each in found] == [f"{lab.server.host}:3260"]
 
 
 def test_a_name_with_a_dead_address_is_tried_at_the_next(site: Site, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

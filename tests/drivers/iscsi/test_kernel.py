@@ -48,12 +48,16 @@ def lab(machine: Machine, lab_network: Network, small_squashfs: Path) -> Iterato
     server.stop()
 
 
-@pytest.fixture
-def initiator(guest: Guest, lab: Lab) -> Guest:
-    """A guest in which iscsid runs."""
+def run_iscsid(guest: Guest) -> None:
     with guest.expecting():
         guest.start("iscsid", "-f")
         eventually(lambda: "ISCSIADM_ABSTRACT" in guest.read("/proc/net/unix").decode(), "iscsid listens")
+
+
+@pytest.fixture
+def initiator(guest: Guest, lab: Lab) -> Guest:
+    """A guest in which iscsid runs."""
+    run_iscsid(guest)
     return guest
 
 
@@ -105,9 +109,12 @@ def test_what_cannot_be_attached_says_why_and_leaves_nothing(initiator: Guest) -
         assert (problem["code"], problem["path"]) == (code, path), (case, problem)
 
 
-def test_a_host_without_iscsid_is_told_to_start_it(guest: Guest, lab: Lab) -> None:
+def test_a_host_without_iscsid_is_told_to_start_it_and_sessions_without_a_record_end(guest: Guest, lab: Lab) -> None:
     problem = guest.call("drivers.iscsi.in_guest:refused", asked())
     assert (problem["code"], "systemctl start iscsid" in problem["message"]) == (501, True), problem
+    run_iscsid(guest)
+    found = guest.call("drivers.iscsi.in_guest:swept", asked())
+    assert found == {"removed": ["the iSCSI sessions of attach 7"], "left": []}
 
 
 def test_an_attach_and_a_detach_killed_halfway_leave_nothing(initiator: Guest) -> None:
@@ -127,6 +134,8 @@ def test_a_target_with_two_portals_is_one_device_where_multipathd_runs(initiator
     what = asked(target=lio.TARGET, host=lio.PORTALS[0], lun=0, chap=chap)
     one = initiator.call("drivers.iscsi.in_guest:looked_at", what)
     assert (one["device"], one["sessions"], one["left"]) == ("/dev/sda", 1, [])
+    problem = initiator.call("drivers.iscsi.in_guest:refused", {**what, "initiator": "iqn.2026-01.test:stranger"})
+    assert (problem["code"], problem["path"]) == (422, "$.initiator"), problem
     by_qemu = initiator.call("drivers.iscsi.in_guest:looked_at", what, "daemon")
     assert (by_qemu["device"][:9], by_qemu["sessions"], by_qemu["left"]) == ("/dev/loop", 0, [])
     with initiator.expecting():
