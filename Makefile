@@ -21,7 +21,8 @@ TEST_PACKAGES := $(DEMO_PACKAGES) btrfs-progs ceph-common ceph-mon ceph-osd e2fs
 BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun erofs-utils gcc libc6-dev mmdebstrap mount podman procps \
 	qemu-block-extra qemu-system-common runc squashfs-tools systemd-container util-linux
 
-# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest"
+# PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest",
+# of which the figure `guest` is measured in the guest lab.
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup setup-dev check test test-pure lab demo bench bench-images flame lock clean
@@ -51,7 +52,7 @@ lab: $(VENV)/stamp-dev lab-packages  ## Give you a shell in a guest with a stock
 demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
 	$(BIN)/python -m tools.demo
 
-bench: $(VENV)/stamp-run bench-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
+bench: $(VENV)/stamp-dev bench-packages lab-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
 	PYTHONPATH=tests $(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 bench-images: $(VENV)/stamp-run bench-packages  ## Compare squashfs and EROFS, each with several compressions: size, and time to read (needs root).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tools.bench.figures import cold, cycles, many, memory, nest, rbd, read, start, stop, systemd
+from tools.bench.figures import cold, cycles, guest, many, memory, nest, rbd, read, start, stop, systemd
 from tools.bench.lab import Lab
 from tools.bench.measure import Figure
 
@@ -19,4 +19,5 @@ FIGURES: Mapping[str, Callable[[Lab], Figure]] = {
     "many": many.figure,
     "rbd": rbd.figure,
     "systemd": systemd.figure,
+    "guest": guest.figure,
 }
