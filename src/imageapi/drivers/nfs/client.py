@@ -30,6 +30,8 @@ WRITE_SECONDS = 12.0
 UNMOUNT_SECONDS = 2.0
 """For the server to hear that the client leaves: then it is left to find out by itself."""
 
+NEWEST_FIRST = ("4.2", "4.1", "4.0")
+
 
 # -------------------------------------------------------------------------------------------------- the mount
 
@@ -64,19 +66,16 @@ def mount_export(definition: Nfs, flags: int, given: Sequence[str], path: str) -
 
     Raises: errors.Problem.
     """
-    newest_first = ("4.2", "4.1", "4.0")
-    for version in newest_first if definition.version == "4" else (definition.version,):
+    versions = NEWEST_FIRST if definition.version == "4" else (definition.version,)
+    for version in versions:
         fs_type, data = type_of(version), ",".join([f"vers={version}", *given])
         call = partial(mount.mount, server.source(definition), path, fs_type, flags, data)
         try:
             killable.call(call, MOUNT_SECONDS, path)
-        except OSError as error:
-            failure = problems.explain(error, definition, fs_type, data)
-            if error.errno != errno.EPROTONOSUPPORT:
-                break
-        else:
             return
-    raise failure
+        except OSError as error:
+            if error.errno != errno.EPROTONOSUPPORT or version == versions[-1]:
+                raise problems.explain(error, definition, fs_type, data) from None
 
 
 # ------------------------------------------------------------------------------------------------ the release
