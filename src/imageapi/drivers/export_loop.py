@@ -24,8 +24,8 @@ def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -
     """Put a loop device on the exported file and return its path; have its partition table read, if it is to be.
 
     One that can be written is not told to go past the page cache: then the kernel sends one write after another.
-    Several at once QEMU mixes up before 10.1: while it carries one out it reads the next into the same buffer, which
-    the first may not have left yet ("fuse: Copy write buffer content before polling" there).
+    Several at once QEMU mixes up (seen with 7.2): while it carries one out it reads the next into the same buffer,
+    which the first may not have left yet. It was mended in 2025 ("fuse: Copy write buffer content before polling").
 
     Raises: OSError.
     """
