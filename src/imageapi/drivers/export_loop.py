@@ -13,7 +13,7 @@ import os
 
 from imageapi.config import Site
 from imageapi.drivers.storage_daemon import export_path, private_path
-from imageapi.linux import loop, mountinfo
+from imageapi.linux import loop, mountinfo, sysfs
 from imageapi.records import Key
 
 NOTE = "loop"
@@ -69,7 +69,6 @@ def _loops() -> list[str]:
 def _sysfs(name: str, attribute: str) -> str:
     """An attribute of a block device; empty when it has none."""
     try:
-        with open(f"/sys/block/{name}/{attribute}", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
+        return sysfs.read(f"/sys/block/{name}/{attribute}")
     except OSError:
         return ""

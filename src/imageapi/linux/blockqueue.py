@@ -7,6 +7,8 @@ from __future__ import annotations
 import fcntl
 import os
 
+from imageapi.linux import sysfs
+
 BLKROSET = 0x125D
 FEWEST_REQUESTS = 4
 """The kernel makes a smaller number this one (BLKDEV_MIN_RQ)."""
@@ -14,7 +16,7 @@ FEWEST_REQUESTS = 4
 
 def schedulers(name: str) -> list[str]:
     """The I/O schedulers that the device can have; the one it has comes first."""
-    words = _read(f"/sys/block/{name}/queue/scheduler").split()
+    words = sysfs.read(f"/sys/block/{name}/queue/scheduler").split()
     return sorted((word.strip("[]") for word in words), key=lambda word: f"[{word}]" not in words)
 
 
@@ -23,7 +25,7 @@ def set_scheduler(name: str, scheduler: str) -> None:
 
     Raises: OSError(EINVAL) when the kernel has none of this name.
     """
-    _write(f"/sys/block/{name}/queue/scheduler", scheduler)
+    sysfs.write(f"/sys/block/{name}/queue/scheduler", scheduler)
 
 
 def set_requests(name: str, number: int) -> None:
@@ -31,7 +33,7 @@ def set_requests(name: str, number: int) -> None:
 
     Raises: OSError(EINVAL).
     """
-    _write(f"/sys/block/{name}/queue/nr_requests", str(number))
+    sysfs.write(f"/sys/block/{name}/queue/nr_requests", str(number))
 
 
 def set_read_only(device: str) -> None:
@@ -44,20 +46,3 @@ def set_read_only(device: str) -> None:
         fcntl.ioctl(fd, BLKROSET, (1).to_bytes(4, "little"))
     finally:
         os.close(fd)
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().rstrip("\n")
-
-
-def _write(path: str, text: str) -> None:
-    """One write(2), whose error names the file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from imageapi.linux import sysfs
+
 BUS = "/sys/bus/rbd"
 
 DATA = ("cluster_fsid", "pool_id", "pool_ns", "image_id", "snap_id")
@@ -82,7 +84,7 @@ def map_image(text: str, root: str = BUS) -> None:
     (or may only read), ETIMEDOUT when no monitor answered within `mount_timeout`, EINVAL for an option it does not
     know.
     """
-    _write(_file(root, "add"), text)
+    sysfs.write(_file(root, "add"), text)
 
 
 def unmap(number: int, *, force: bool = False, root: str = BUS) -> None:
@@ -90,7 +92,7 @@ def unmap(number: int, *, force: bool = False, root: str = BUS) -> None:
 
     Raises: OSError: EBUSY while it is open, ENOENT when there is none.
     """
-    _write(_file(root, "remove"), f"{number} force" if force else str(number))
+    sysfs.write(_file(root, "remove"), f"{number} force" if force else str(number))
 
 
 def devices(root: str = BUS) -> list[Device]:
@@ -104,8 +106,8 @@ def device(number: int, root: str = BUS) -> Device | None:
     """What is mapped as `number`; None when nothing is (any more)."""
     directory = f"{root}/devices/{number}"
     try:
-        monitors, options, pool, name, snapshot = _read(f"{directory}/config_info").split(" ")[:5]
-        data = Data(*(_read(f"{directory}/{file}") for file in DATA))
+        monitors, options, pool, name, snapshot = sysfs.read(f"{directory}/config_info").split(" ")[:5]
+        data = Data(*(sysfs.read(f"{directory}/{file}") for file in DATA))
     except FileNotFoundError:
         return None
     chosen = parse_options(options)
@@ -123,20 +125,3 @@ def _file(root: str, verb: str) -> str:
     """With one major number for all devices, the default since Linux 3.14, the plain file answers EINVAL."""
     single = f"{root}/{verb}_single_major"
     return single if os.path.exists(single) else f"{root}/{verb}"
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read().rstrip("\n")
-
-
-def _write(path: str, text: str) -> None:
-    """One write(2): the driver takes each as a whole command."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(descriptor)
