@@ -115,8 +115,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_level: int = 20
 
     def site(self, instance: str) -> Site:
-        backends = {"rbd_backend": self.rbd_backend, "iscsi_backend": self.iscsi_backend}
-        return Site(run_dir=self.run_dir, instance=instance, **backends)
+        return Site(
+            run_dir=self.run_dir,
+            instance=instance,
+            rbd_backend=self.rbd_backend,
+            iscsi_backend=self.iscsi_backend,
+        )
 
 
 NO_LIMIT = 1e9

@@ -252,4 +252,4 @@ def _place(overlay: spec.Overlay) -> str:
 
 
 def _lies_in(inner: str, outer: str) -> bool:
-    return f"{inner}/".startswith((f"{outer}/upper/", f"{outer}/work/"))
+    return f"{inner}/".startswith(tuple(f"{outer}/{name}/" for name in ("upper", "work")))
