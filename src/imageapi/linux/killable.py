@@ -6,6 +6,7 @@ their process is killed. So the call is made in a child of this process, which i
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ def call(action: Callable[[], object], seconds: float, what: str) -> None:
         os._exit(_outcome(action, parent))
     status = _await(child, seconds)
     if os.WIFSIGNALED(status):
-        raise TimeoutError(f"{what}: not done within {seconds:g}s")
+        raise TimeoutError(errno.ETIMEDOUT, f"not done within {seconds:g}s", what)
     if number := os.waitstatus_to_exitcode(status):
         raise RuntimeError(f"{what}: a bug") if number == _BUG else OSError(number, os.strerror(number), what)
 
