@@ -321,3 +321,9 @@ def test_what_a_supervisor_had_not_noted_when_it_died_is_cleared_away(supervised
     assert len(supervised.do(supervised.client.list())) == 1
     eventually(supervised.waiting, "there is a child in waiting again")
     assert supervised.kept() == {"3.json", supervised.fifo(started).name, supervised.name(started)}
+
+
+def test_it_ends_also_after_somebody_removed_its_socket(site: Site, root: Path) -> None:
+    running = Supervised(site, root)
+    os.unlink(f"{site.supervisor_dir}/socket")
+    running.close()

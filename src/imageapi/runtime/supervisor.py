@@ -253,7 +253,8 @@ class Supervisor:
     def _end(self) -> None:
         if self._spare is not None:
             self._around.nursery.dismiss(self._spare)
-        os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
+        with contextlib.suppress(FileNotFoundError):  # whoever has removed it by hand keeps nobody alive by that
+            os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
         self._around.keep.remove()
         self._loop.stop()
 
