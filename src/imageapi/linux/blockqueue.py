@@ -10,8 +10,6 @@ import os
 from imageapi.linux import sysfs
 
 BLKROSET = 0x125D
-FEWEST_REQUESTS = 4
-"""The kernel makes a smaller number this one (BLKDEV_MIN_RQ)."""
 
 
 def schedulers(name: str) -> list[str]:
@@ -26,14 +24,6 @@ def set_scheduler(name: str, scheduler: str) -> None:
     Raises: OSError(EINVAL) when the kernel has none of this name.
     """
     sysfs.write(f"/sys/block/{name}/queue/scheduler", scheduler)
-
-
-def set_requests(name: str, number: int) -> None:
-    """How many requests may be under way or waiting in the scheduler at once.
-
-    Raises: OSError(EINVAL).
-    """
-    sysfs.write(f"/sys/block/{name}/queue/nr_requests", str(number))
 
 
 def set_read_only(device: str) -> None:
