@@ -29,9 +29,10 @@ def main() -> NoReturn:
         _check_host()
         _raise_descriptor_limit()
         site, workers_lock = rundir.prepare(config)
-        control = zygote.launch(site, keep=[workers_lock])
+        watch = rundir.watching()
+        control = zygote.launch(site, keep=[workers_lock, *([watch] if watch >= 0 else [])])
         os.close(workers_lock)
-        _serve(config, site, control)
+        _serve(config, site, control, watch)
     except (Problem, OSError) as problem:
         print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -54,10 +55,10 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _serve(config: Config, site: Site, control: socket.socket) -> None:
+def _serve(config: Config, site: Site, control: socket.socket, watch: int) -> None:
     from imageapi import service
 
-    service.run(config, site, control)
+    service.run(config, site, control, watch)
 
 
 if __name__ == "__main__":

@@ -19,35 +19,39 @@ from imageapi.config import Config, Site
 from imageapi.engine import rundir
 from imageapi.engine.engine import Engine
 from imageapi.engine.pool import Pool
+from imageapi.engine.watch import Watch
 from imageapi.errors import Problem
 from imageapi.linux import memory
 
 log = logging.getLogger("imageapi")
 
 
-def run(config: Config, site: Site, control: socket.socket) -> None:
-    """Serve until a signal says that it is enough. `control` is the zygote's socket.
+def run(config: Config, site: Site, control: socket.socket, inotify: int) -> None:
+    """Serve until a signal says that it is enough. `control` is the zygote's socket, `inotify` an instance that the
+    workers share (-1: none).
 
     Raises: errors.Problem; OSError.
     """
-    uvloop.run(_serve(config, site, control))
+    uvloop.run(_serve(config, site, control, inotify))
 
 
-async def _serve(config: Config, site: Site, control: socket.socket) -> None:
+async def _serve(config: Config, site: Site, control: socket.socket, inotify: int) -> None:
     stop = asyncio.Event()
     pool = Pool(control, on_lost=stop.set)
+    watch = Watch(inotify)
     engine = Engine(config, site, pool, rundir.boot_id())
     listeners = Listeners(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await _unless(stop, engine.start())
+        await _unless(stop, engine.start(watch))
         _settle()
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
         await listeners.serve(app(engine, config), stop, memory.forget_code)
     finally:
         listeners.close()
         await engine.stop()
+        watch.close()
     if pool.lost:
         raise Problem("the process that its workers are forked from has ended; start it again: it goes on where it was")
 

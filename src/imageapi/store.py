@@ -91,12 +91,41 @@ class Store:
     @staticmethod
     def _read(collection: str, path: str) -> AnyRecord | None:
         try:
-            with open(path, "rb") as file:
-                record = records.decode(collection, file.read())
+            return _read(collection, path)
         except msgspec.MsgspecError as error:
             log.error("%s is not a record that this version can read (%s); remove it by hand", path, error)
             return None
-        return record if record.schema == SCHEMA else None
 
     def _path(self, key: Key) -> str:
         return f"{self._directory}/{key.collection}/{key.id}.json"
+
+
+def _read(collection: str, path: str) -> AnyRecord | None:
+    """The record in a file; None for one of another version. Raises: msgspec.MsgspecError; OSError."""
+    with open(path, "rb") as file:
+        record = records.decode(collection, file.read())
+    return record if record.schema == SCHEMA else None
+
+
+def peek(directory: str) -> tuple[list[AnyRecord], list[str]]:
+    """All records in a state directory that a server may be writing to, and the files that are none. One that goes
+    meanwhile is not there; one that is just being written is one that cannot be read, until the next look."""
+    found, unread = [], []
+    for collection in records.RECORD_TYPES:
+        for path in _files(f"{directory}/{collection}"):
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    record = _read(collection, path)
+                except msgspec.MsgspecError:
+                    record = None
+                if record is None:
+                    unread.append(path)
+                else:
+                    found.append(record)
+    return found, unread
+
+
+def _files(directory: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return [f"{directory}/{name}" for name in sorted(os.listdir(directory))]
+    return []

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from imageapi.config import Site
+from imageapi.drivers.audit import Host, Wrong, gone
 from imageapi.errors import Unsupported
 from imageapi.records import AnyRecord, Facts
 
@@ -40,6 +41,11 @@ class Driver(Protocol):
         """What of the object stands in the kernel now; None when it is gone."""
         ...
 
+    def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        """What is wrong with a live object, if anything is: it is gone, or was changed by somebody else. Asks no
+        storage, since it is done for all objects in one go."""
+        ...
+
     def read_only(self, definition: Any) -> bool:
         """Whether nothing can be written through the object, so that it may be shared."""
         ...
@@ -62,7 +68,14 @@ class Driver(Protocol):
 LOCAL_STORE = "local"
 
 
-class LocalDriver:
+class Audited:
+    """The audit of a kind whose `observe` asks no storage."""
+
+    def audit(self: Driver, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        return gone(record) if self.observe(record, site) is None else None
+
+
+class LocalDriver(Audited):
     """The defaults of a kind that touches this host alone."""
 
     def read_only(self, definition: Any) -> bool:

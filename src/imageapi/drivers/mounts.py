@@ -18,6 +18,8 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import holders
+from imageapi.drivers.audit import Host, Wrong, delete, gone
+from imageapi.drivers.base import LocalDriver
 from imageapi.errors import Conflict
 from imageapi.linux import mount, mountid, mountinfo, users, ustat
 from imageapi.linux.mountinfo import Mount
@@ -42,7 +44,7 @@ def make_tree(undo: ExitStack, path: str) -> str:
 def find(record: AnyRecord, site: Site) -> Mount | None:
     """The record's mount, if it stands."""
     stack = mountinfo.stack(site.mountpoint(record.token))
-    return stack[0] if stack and _is_ours(record, stack[0]) else None
+    return stack[0] if stack and _is_ours(record, stack[0], site) else None
 
 
 def made(record: AnyRecord, site: Site) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def made(record: AnyRecord, site: Site) -> dict[str, Any]:
     found = find(record, site)
     if found is None:
         raise OSError(errno.ENOENT, "another program has unmounted it again", path)
-    return {"dev": found.dev}
+    return {"dev": found.dev, "source": found.source}
 
 
 def stands(record: AnyRecord, site: Site) -> bool:
@@ -89,8 +91,31 @@ def observe(record: AnyRecord, site: Site, facts: Callable[[Mount], Facts]) -> F
     return None if found is None else facts(found)
 
 
-def _is_ours(record: AnyRecord, lowest: Mount) -> bool:
-    return bool(record.facts.detail.get("dev", lowest.dev) == lowest.dev)
+class MountDriver(LocalDriver):
+    """What is the same for all kinds of mount."""
+
+    def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        path = site.mountpoint(record.token)
+        stack = host.stack(_real(path))
+        ours = bool(stack) and _is_ours(record, stack[0], site)
+        if ours and len(stack) == 1:
+            return None
+        if not stack:
+            return gone(record)
+        over = _over(_stranger(stack[-1]), path)
+        if ours:
+            return Wrong(f"{over}; umount it there", f"umount {path}")
+        remedy = f"umount {path}, and {delete(record)}"
+        return Wrong(f"it is gone from the kernel, and {over}", remedy, "is gone from the kernel")
+
+
+def _is_ours(record: AnyRecord, lowest: Mount, site: Site) -> bool:
+    """Whether the lowest mount at the record's mountpoint is its own. A device number is no proof where there is a
+    better one: an overlay's or a tmpfs's is given to the next one at once."""
+    detail = record.facts.detail
+    if "mount" in detail:
+        return stands(record, site)
+    return bool(detail.get("dev", lowest.dev) == lowest.dev and detail.get("source", lowest.source) == lowest.source)
 
 
 Unmount = Callable[[str, int], None]
@@ -107,29 +132,35 @@ def release(record: AnyRecord, site: Site, *, with_inner: bool = False, unmount:
     if stands(record, site) and not mountid.bears_others(record.facts.detail["mount"]):
         _umount(path, path, unmount)
     else:
-        _release_stack(record, path, unmount, with_inner=with_inner)
+        _release_stack(record, site, unmount, with_inner=with_inner)
     _remove_mountpoint(path)
 
 
-def _release_stack(record: AnyRecord, path: str, unmount: Unmount, *, with_inner: bool) -> None:
-    """Unmount what lies at `path` and belongs to the record, if anything does: mountinfo tells all there is."""
+def _release_stack(record: AnyRecord, site: Site, unmount: Unmount, *, with_inner: bool) -> None:
+    """Unmount what lies at the mountpoint and belongs to the record, if anything does: mountinfo tells all there is."""
+    path = site.mountpoint(record.token)
     mounts = mountinfo.read(mention=mountinfo.place(path))
     stack = mountinfo.stack(path, mounts)
     if stack:
-        _check_top(record, path, stack)
+        _check_top(path, stack, ours=_is_ours(record, stack[0], site))
         inner = mountinfo.below(path, mounts)
         _check_inner(path, inner, with_inner=with_inner)
         for each in (*inner, stack[0]):
             _umount(path, each.mountpoint, unmount)
 
 
-def _check_top(record: AnyRecord, path: str, stack: list[Mount]) -> None:
-    if len(stack) > 1 or not _is_ours(record, stack[0]):
-        strange = f"{stack[-1].source or 'something'} ({stack[-1].fstype})"
-        raise Conflict(
-            f"{strange} is mounted over {path}, and not by this server; umount it there, and delete again",
-            holders=[strange],
-        )
+def _check_top(path: str, stack: list[Mount], *, ours: bool) -> None:
+    if len(stack) > 1 or not ours:
+        strange = _stranger(stack[-1])
+        raise Conflict(f"{_over(strange, path)}; umount it there, and delete again", holders=[strange])
+
+
+def _stranger(top: Mount) -> str:
+    return f"{top.source or 'something'} ({top.fstype})"
+
+
+def _over(strange: str, path: str) -> str:
+    return f"{strange} is mounted over {path}, and not by this server"
 
 
 def _check_inner(path: str, inner: list[Mount], *, with_inner: bool) -> None:

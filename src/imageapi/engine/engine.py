@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from imageapi.config import Config, Site
 from imageapi.engine.apply import Applier
+from imageapi.engine.auditor import Auditor
 from imageapi.engine.collect import Collector
 from imageapi.engine.containers import Containers
 from imageapi.engine.graph import Graph, Picture, describe
@@ -15,6 +16,7 @@ from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.reconcile import Reconciler
 from imageapi.engine.tasks import Tasks
+from imageapi.engine.watch import Watch
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut, Unsupported
 from imageapi.records import AnyRecord, Key, Phase, snapshot
 from imageapi.runtime import command
@@ -43,11 +45,17 @@ class Engine:
         self._applier = Applier(
             self._ledger, self._jobs, self._containers, self._collector, self._tasks, config.operation_timeout
         )
-        self._reconciler = Reconciler(self._ledger, store, self._jobs, self._containers, self._collector, boot_id)
+        self._auditor = Auditor(self._ledger, self._jobs, boot_id)
+        self._reconciler = Reconciler(
+            self._ledger, store, self._jobs, self._containers, self._collector, self._auditor, boot_id
+        )
 
-    async def start(self) -> None:
-        """Make records and kernel agree, and go on where the last server stopped."""
-        await self._reconciler.reconcile()
+    async def start(self, watch: Watch | None = None) -> None:
+        """Make records and kernel agree, and go on where the last server stopped. From now on `watch` tells when they
+        may have come to disagree again."""
+        await self._reconciler.reconcile(watch)
+        if watch is not None:
+            self._tasks.linger(self._auditor.follow(watch))
 
     async def stop(self) -> None:
         """Let what is under way end; containers run on."""

@@ -27,6 +27,9 @@ SO_SNDBUFFORCE = 32
 """SO_SNDBUF without its limit, for who has CAP_NET_ADMIN (socket(7)); the socket module does not have it."""
 PER_STORE = 8
 """How many chains of jobs one store may have under way: what a dead one can cost in processes."""
+APART = "this host's own state"
+"""The store of jobs that nobody waits for: each has a worker of its own, which ends with it. Those that wait are there
+for requests."""
 IDLE = 4
 """How many workers wait for the next jobs; more are started when needed, and end when done."""
 LOGGED_EVERY = 10.0
@@ -265,7 +268,7 @@ class Pool:
         while queue and len(busy) < PER_STORE:
             chain = queue.popleft()
             try:
-                self._take_worker().begin(chain)
+                (self._new_worker() if store == APART else self._take_worker()).begin(chain)
             except OSError as error:
                 job = chain.jobs.popleft()
                 chain.fail(job, errors.from_oserror(error, f"starting a worker process to {job.name}"))
@@ -296,7 +299,7 @@ class Pool:
         """A worker has done its jobs, or has ended over them."""
         self._busy[chain.store].discard(chain)
         self._idle = [one for one in self._idle if not one.ended]
-        if len(self._idle) < IDLE and worker.waits():
+        if chain.store != APART and len(self._idle) < IDLE and worker.waits():
             self._idle.append(worker)
             worker.rest()
         else:

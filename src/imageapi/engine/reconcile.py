@@ -6,16 +6,16 @@ has no record is removed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from imageapi.drivers.base import LOCAL_STORE
+from imageapi.engine.auditor import NEEDED, Auditor
 from imageapi.engine.collect import Collector
 from imageapi.engine.containers import Containers
-from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job
+from imageapi.engine.watch import Watch
 from imageapi.errors import Problem
 from imageapi.records import AnyRecord, Phase
 from imageapi.spec import Container
@@ -34,6 +34,7 @@ class Reconciler:
         jobs: Jobs,
         containers: Containers,
         collector: Collector,
+        auditor: Auditor,
         boot_id: str,
     ) -> None:
         self._ledger = ledger
@@ -42,13 +43,14 @@ class Reconciler:
         self._jobs = jobs
         self._containers = containers
         self._collector = collector
+        self._auditor = auditor
         self._boot_id = boot_id
 
-    async def reconcile(self) -> None:
+    async def reconcile(self, watch: Watch | None) -> None:
         """Returns when every record says what is so; what must still be undone is under way."""
         self._load()
         await self._containers.connect()
-        await self._observe()
+        await self._auditor.look(watch)
         await self._collect()
         await self._sweep()
 
@@ -72,30 +74,10 @@ class Reconciler:
     def _still_wrong(self, record: AnyRecord) -> bool:
         """Whether a problem noted by the last server cannot be found out again: why a container ended, or what has
         been taken from under an object."""
-        if record.phase is not Phase.LIVE:
+        if record.phase is not Phase.LIVE or record.problem is None:
             return False
-        return isinstance(record.spec, Container) or any(self._graph.find(key) is None for key in record.edges())
-
-    async def _observe(self) -> None:
-        live = [
-            record
-            for record in self._graph.all()
-            if record.phase is Phase.LIVE and not isinstance(record.spec, Container)
-        ]
-        await asyncio.gather(*(self._check(record) for record in live))
-
-    async def _check(self, record: AnyRecord) -> None:
-        """Say of an object what has become of it while no server ran."""
-        try:
-            facts = await self._jobs.drive("observe", record)
-        except Problem as problem:
-            self._ledger.fault([record.key], f"it could not be looked at: {problem.message}")
-            return
-        if facts is None:
-            self._ledger.fault([record.key], "it is gone from the kernel; delete it, and make it again")
-            users = (user.key for user in self._graph.holders(record.key) if user.problem is None)
-            self._ledger.fault(users, f"{describe(record)}, which it needs, is gone from the kernel")
-            log.warning("%s is gone from the kernel", describe(record))
+        bereft = any(self._graph.find(key) is None for key in record.edges())
+        return bereft or (isinstance(record.spec, Container) and NEEDED not in record.problem)
 
     async def _collect(self) -> None:
         """Undo what was half done, and what nothing needs: the root of an unfinished create has no reference."""

@@ -7,11 +7,15 @@ last one's calls into the kernel have ended.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 
 from imageapi.config import Config, Site
 from imageapi.errors import Conflict
+from imageapi.linux import inotify
+
+log = logging.getLogger(__name__)
 
 WORKERS_PATIENCE = 5.0
 """How long, in seconds, a start waits for a killed server's workers. One that hangs in the kernel is not waited for:
@@ -38,6 +42,16 @@ def prepare(config: Config) -> tuple[Site, int]:
         os.makedirs(directory, mode, exist_ok=True)
         os.chmod(directory, mode)
     return site, _lock_workers(config.run_dir)
+
+
+def watching() -> int:
+    """An inotify instance, to which the workers add what is to be watched. Without one, changes of files are seen only
+    when something else has changed as well."""
+    try:
+        return inotify.create()
+    except OSError as error:
+        log.warning("changes of files are not seen at once: %s; raise fs.inotify.max_user_instances", error)
+        return -1
 
 
 def boot_id() -> str:

@@ -147,10 +147,18 @@ def sweep(site: Site, *arguments: Any) -> list[str]:
     return sweep.sweep(site, *arguments)
 
 
+def audit(site: Site, *arguments: Any) -> Any:
+    """See audit.look."""
+    from imageapi.engine import audit
+
+    return audit.look(site, *arguments)
+
+
 JOBS: dict[str, Callable[..., Any]] = {
     "acquire": acquire,
     "release": release,
     "observe": observe,
     "sync": sync,
     "sweep": sweep,
+    "audit": audit,
 }

@@ -16,6 +16,8 @@ import time
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+from imageapi.linux import sysfs
+
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_PARTSCAN = 8
@@ -28,6 +30,8 @@ LOOP_CONFIGURE = 0x4C0A
 LOOP_CTL_ADD = 0x4C80
 LOOP_CTL_GET_FREE = 0x4C82
 LOOP_MAJOR = 7
+BLKGETDISKSEQ = 0x8008_1280
+"""<linux/fs.h>, from Linux 5.15 on."""
 LO_NAME_SIZE = 64
 
 _INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
@@ -40,12 +44,15 @@ _DETACH_SECONDS = 2.0
 
 
 class Status(NamedTuple):
-    """A loop device in use: its name, its file as (st_dev, st_ino), and where in the file it begins, in bytes."""
+    """A loop device in use: its name, its file as (st_dev, st_ino), and where in the file it begins, in bytes.
+    `sequence` is the kernel's number for what the device is now, which nothing else has before the next boot; None
+    before Linux 5.15."""
 
     name: str
     backing: tuple[int, int]
     offset: int
     flags: int
+    sequence: int | None
 
     @property
     def read_only(self) -> bool:
@@ -171,7 +178,14 @@ def _status(fd: int) -> Status:
     """Raises: OSError(ENXIO) when the device is free."""
     raw = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(_INFO.size))
     dev, inode, _, offset, _, _, _, _, flags, name, *_rest = _INFO.unpack(raw)
-    return Status(os.fsdecode(name.split(b"\0")[0]), (dev, inode), offset, flags)
+    return Status(os.fsdecode(name.split(b"\0")[0]), (dev, inode), offset, flags, _sequence(fd))
+
+
+def _sequence(fd: int) -> int | None:
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, BLKGETDISKSEQ, bytes(8)), "little")
+    except OSError:
+        return None
 
 
 def detach(device: str, name: str | None = None) -> None:
@@ -229,9 +243,15 @@ def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:
 
 def backing_path(device: str) -> str:
     """The path of the file under `device`, from sysfs, which does not touch the file; "" when it is free."""
-    with contextlib.suppress(OSError), open(f"/sys/block/{os.path.basename(device)}/loop/backing_file", "rb") as file:
-        return os.fsdecode(file.read().removesuffix(b"\n"))
-    return ""
+    return attribute(device, "loop/backing_file")
+
+
+def attribute(device: str, name: str) -> str:
+    """What sysfs says of a block device, without touching its file; "" when there is no such device or attribute."""
+    try:
+        return sysfs.read(f"/sys/block/{os.path.basename(device)}/{name}")
+    except OSError:
+        return ""
 
 
 def _in_use() -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -64,11 +64,16 @@ def place(path: str) -> str:
     return os.path.join(os.path.realpath(parent), name)
 
 
-def stack(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
+def stack(path: str, mounts: Iterable[Mount] | None = None) -> list[Mount]:
     """The mounts at exactly `path`, lowest first."""
     spot = place(path)
     known = read(mention=spot) if mounts is None else mounts
-    here = {mount.id: mount for mount in known if mount.mountpoint == spot}
+    return stacked(mount for mount in known if mount.mountpoint == spot)
+
+
+def stacked(mounts: Iterable[Mount]) -> list[Mount]:
+    """All mounts of one mountpoint, lowest first."""
+    here = {mount.id: mount for mount in mounts}
     above = {mount.parent: mount for mount in here.values()}
     lowest = next((mount for mount in here.values() if mount.parent not in here), None)
     found = []

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
+from imageapi.drivers.base import Audited
 from imageapi.drivers.iscsi import daemon, kernel
 from imageapi.errors import Invalid, Unsupported
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Chap, Iscsi
 
 
-class Driver:
+class Driver(Audited):
     """The kind `iscsi`."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

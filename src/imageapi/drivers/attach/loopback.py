@@ -10,10 +10,11 @@ from contextlib import ExitStack
 
 from imageapi.config import Site
 from imageapi.drivers import block
+from imageapi.drivers.audit import Host, Wrong, delete, gone
 from imageapi.drivers.base import LocalDriver
 from imageapi.drivers.paths import open_path, reopen
 from imageapi.errors import Invalid, Unsupported
-from imageapi.linux import loop, superblock
+from imageapi.linux import inotify, loop, superblock
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Loopback
 
@@ -23,7 +24,7 @@ class Driver(LocalDriver):
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         """`detail` of the facts: see `_facts`; `cut` the bytes at the file's end that fill no sector, and which the
-        device therefore lacks."""
+        device therefore lacks; `changed` when the file was last written to, in ns since the epoch."""
         definition: Loopback = record.definition
         mark = site.mark(record.key)
         with ExitStack() as undo, ExitStack() as opened:
@@ -37,6 +38,7 @@ class Driver(LocalDriver):
             undo.callback(loop.detach, device, mark)
             facts = _facts(device, state)
             facts.detail["cut"] = found.st_size % superblock.SECTOR
+            facts.detail["changed"] = found.st_mtime_ns
             undo.pop_all()
         return facts
 
@@ -50,6 +52,17 @@ class Driver(LocalDriver):
         state = None if device is None else loop.status(device)
         return None if device is None or state is None else _facts(device, state)
 
+    def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        """sysfs tells of the device without asking its file, which may be another host's and hang."""
+        device, detail = record.facts.device_file or "", record.facts.detail
+        backing = loop.backing_path(device)
+        sequence = loop.attribute(device, "diskseq")
+        if not backing or sequence != str(detail.get("sequence") or sequence):
+            return gone(record)
+        if backing.endswith(DELETED):
+            return _replaced(record)
+        return _changed(record, backing, device, host) if host.is_local(backing) else None
+
 
 def _find(record: AnyRecord, site: Site) -> str | None:
     return block.find_loop(site.mark(record.key), record.facts.device_file)
@@ -57,8 +70,55 @@ def _find(record: AnyRecord, site: Site) -> str | None:
 
 def _facts(device: str, state: loop.Status) -> Facts:
     """`read_only` is the device's, which may be so where the definition is not; `backing` the file's st_dev and
-    st_ino."""
-    return Facts(device_file=device, detail={"read_only": state.read_only, "backing": list(state.backing)})
+    st_ino; `sequence` the kernel's number for what the device is."""
+    detail = {"read_only": state.read_only, "backing": list(state.backing), "sequence": state.sequence}
+    return Facts(device_file=device, detail=detail)
+
+
+# -------------------------------------------------------------------------------- what somebody else did to its file
+
+DELETED = " (deleted)"
+"""What the kernel adds to the path of a file that has no name any more."""
+
+
+def _changed(record: AnyRecord, backing: str, device: str, host: Host) -> Wrong | None:
+    """`backing` is where the file is now."""
+    path = record.definition.path if record.definition.base == "root" else backing
+    host.watch(path, inotify.FILE)
+    host.watch(path, inotify.FILE | inotify.IN_DONT_FOLLOW)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return _replaced(record)
+    detail = record.facts.detail
+    if [found.st_dev, found.st_ino] != detail.get("backing"):
+        return _replaced(record)
+    if found.st_size < int(loop.attribute(device, "size") or 0) * superblock.SECTOR:
+        return _cut(record, found.st_size)
+    if detail["read_only"] and found.st_mtime_ns != detail.get("changed", found.st_mtime_ns):
+        return _written(record)
+    return None
+
+
+def _replaced(record: AnyRecord) -> Wrong:
+    """Those who use it have the old file still, as long as they like."""
+    path = record.definition.path
+    problem = (
+        f"'{path}' is another file now, or none: this is still the one from before; to have the new one, delete this"
+    )
+    return Wrong(problem, f"delete {record.key}, and make it again")
+
+
+def _cut(record: AnyRecord, size: int) -> Wrong:
+    what = f"was cut to {size} bytes while it was attached"
+    problem = f"'{record.definition.path}' {what}: what lay behind is lost; delete this, and make it again"
+    return Wrong(problem, delete(record), f"has lost a part of its file, which {what}")
+
+
+def _written(record: AnyRecord) -> Wrong:
+    """It may be that nothing has changed but the file's time, so nobody who uses it is kept from it."""
+    problem = f"'{record.definition.path}' was written to while it was attached, and what is read may be wrong"
+    return Wrong(f"{problem}: delete this, and make it again", delete(record))
 
 
 def _check_file(path: str, found: os.stat_result) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, storage_daemon
+from imageapi.drivers.base import Audited
 from imageapi.drivers.ceph import daemon, kernel, monitors, options
 from imageapi.errors import Unsupported
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Rbd
 
 
-class Driver:
+class Driver(Audited):
     """The kind `rbd`."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from imageapi import spec
 from imageapi.config import Site
 from imageapi.drivers import holders, mounts, partitions
-from imageapi.drivers.base import LocalDriver, driver
+from imageapi.drivers.base import driver
+from imageapi.drivers.mounts import MountDriver
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
 from imageapi.linux import filesystems, kmsg, loop, mount, mountinfo, superblock, users
 from imageapi.linux.mountinfo import Mount
@@ -26,7 +27,7 @@ BLKROGET = 0x125E
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `attach`. Device nodes in the image mean nothing (nodev); what is attached read-only is mounted so."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

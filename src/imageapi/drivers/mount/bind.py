@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
-from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.paths import open_path
 from imageapi.errors import Invalid
 from imageapi.linux import libc, mount, mountinfo
@@ -20,7 +20,7 @@ from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Bind
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `bind`. `ro` is so for everything below too."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
-from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.nfs import client, options, server
 from imageapi.drivers.nfs.options import Chosen
 from imageapi.errors import Invalid, Unsupported
@@ -18,7 +18,7 @@ from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Nfs
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `nfs`. Device nodes in the export mean nothing (nodev)."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

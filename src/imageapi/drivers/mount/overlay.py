@@ -10,7 +10,8 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
-from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.audit import Host, Wrong, delete
+from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.overlayfs import mounting, options, upper
 from imageapi.drivers.overlayfs.mounting import Layers
 from imageapi.drivers.overlayfs.upper import Upper
@@ -26,7 +27,7 @@ MAX_LOWER = 500
 """OVL_MAX_STACK of fs/overlayfs."""
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `overlay`. `detail["depth"]` is how many overlays lie on one another here, this one included."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
@@ -56,6 +57,18 @@ class Driver(LocalDriver):
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         return mounts.observe(record, site, lambda found: _observed(record, site, found))
+
+    def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        """The directories of its own are this host's: in another mount nobody looks for them, who might wait there."""
+        definition: Overlay = record.definition
+        wrong = super().audit(record, site, host)
+        if wrong is not None or definition.ro or definition.upper is not None:
+            return wrong
+        missing = [path for path in _own(record, site) if not os.path.isdir(path)]
+        if not missing:
+            return None
+        lost = f"{missing[0]} was removed by somebody, and what was written is lost"
+        return Wrong(f"{lost}: delete this, and make it again", delete(record), f"has lost {missing[0]}")
 
 
 def _facts(path: str, written: Upper | None, detail: dict[str, Any]) -> Facts:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
-from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.mounts import MountDriver
 from imageapi.linux import mount
 from imageapi.linux.mountinfo import Mount
 from imageapi.records import AnyRecord, Facts
@@ -16,7 +16,7 @@ from imageapi.spec import Tmpfs
 _STAGING = mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOSUID
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `tmpfs`."""
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:

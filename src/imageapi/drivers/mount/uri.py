@@ -17,7 +17,8 @@ from typing import Any
 from imageapi.config import Site
 from imageapi.drivers import block, mounts
 from imageapi.drivers.attach import loopback
-from imageapi.drivers.base import LOCAL_STORE, LocalDriver
+from imageapi.drivers.base import LOCAL_STORE
+from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.progress import LeftOff
 from imageapi.drivers.uri import room
 from imageapi.drivers.uri.room import Room
@@ -38,7 +39,7 @@ AGAIN = 2
 """How often an address may begin anew that could not go on from where it broke off."""
 
 
-class Driver(LocalDriver):
+class Driver(MountDriver):
     """The kind `uri`. `detail["device"]` is the loop device of an image."""
 
     copies = True

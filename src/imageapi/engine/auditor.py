@@ -1,0 +1,115 @@
+"""What somebody else does to our objects is seen, said of them and of all that stands on them, and taken back when it
+is over. The same is done at the start, for all that has happened while no server ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+
+from imageapi.engine.audit import Finding, Look
+from imageapi.engine.graph import describe
+from imageapi.engine.jobs import Jobs
+from imageapi.engine.ledger import Ledger
+from imageapi.engine.pool import APART, Job
+from imageapi.engine.watch import Watch
+from imageapi.errors import Problem
+from imageapi.records import AnyRecord, Key, Phase
+
+log = logging.getLogger(__name__)
+
+NEEDED = ", which it needs, "
+"""What is in every sentence about the loss of something else."""
+SETTLE = 0.5
+"""Seconds from the first sign of a change to the look: most signs are of what we do ourselves, in bursts."""
+SHARE = 10
+"""A look that took long is followed by a pause of so many times that."""
+AGAIN = 30.0
+"""Seconds until the next look after one that failed."""
+
+
+class Auditor:
+    """The looks of one engine."""
+
+    def __init__(self, ledger: Ledger, jobs: Jobs, boot_id: str) -> None:
+        self._ledger = ledger
+        self._graph = ledger.graph
+        self._jobs = jobs
+        self._boot_id = boot_id
+        self._told: dict[Key, str] = {}
+        """What was last said of each object, so that it can be taken back."""
+
+    async def follow(self, watch: Watch) -> None:
+        """Look whenever the host has changed, for ever."""
+        pause = SETTLE
+        while True:
+            await watch.changed()
+            await asyncio.sleep(pause)
+            pause = await self._look_at_last(watch)
+
+    async def _look_at_last(self, watch: Watch) -> float:
+        """Look, however often that fails; the seconds until the next time."""
+        while True:
+            begun = time.monotonic()
+            if await self.look(watch):
+                return max(SETTLE, SHARE * (time.monotonic() - begun))
+            await asyncio.sleep(AGAIN)
+
+    async def look(self, watch: Watch | None) -> bool:
+        """Compare all records with the host, and say what is wrong; whether that could be done."""
+        if watch is not None:
+            watch.arm()
+        try:
+            seen: Look = await self._jobs.run(APART, Job("audit", self._boot_id, watch.instance if watch else -1))
+        except Problem as problem:
+            log.error("what has become of the objects could not be looked at: %s", problem.message)
+            return False
+        if watch is not None:
+            watch.keep(seen.watches)
+        self._say(dict(self._verdicts(seen.findings)))
+        return True
+
+    def _verdicts(self, findings: list[Finding]) -> Iterator[tuple[Key, str]]:
+        """What is to be said of which object: first of those that something is wrong with, then of those above."""
+        standing = [(record, found.wrong) for found in findings if (record := self._standing(found))]
+        for record, wrong in standing:
+            if wrong.loss is not None:
+                loss = f"{describe(record)}{NEEDED}{wrong.loss}"
+                yield from ((user.key, loss) for user in self._users(record))
+        yield from ((record.key, wrong.problem) for record, wrong in standing)
+
+    def _standing(self, found: Finding) -> AnyRecord | None:
+        """The record, unless something is, or was, done to the object by ourselves since it was looked at."""
+        record = self._graph.find(found.key)
+        if record is None or record.token != found.token or record.phase is not Phase.LIVE:
+            return None
+        return None if self._jobs.under_way(found.key) else record
+
+    def _users(self, record: AnyRecord) -> list[AnyRecord]:
+        """All that stands on the object, all the way up."""
+        found = {record.key: record}
+        waiting = [record]
+        for one in waiting:
+            users = [user for user in self._graph.holders(one.key) if user.key not in found]
+            waiting += users
+            found |= {user.key: user for user in users}
+        return [user for user in waiting[1:] if user.phase is Phase.LIVE]
+
+    def _say(self, verdicts: dict[Key, str]) -> None:
+        for key in [*verdicts, *(self._told.keys() - verdicts.keys())]:
+            if record := self._graph.find(key):
+                self._change(record, verdicts.get(key))
+        self._told = verdicts
+
+    def _change(self, record: AnyRecord, verdict: str | None) -> None:
+        """Say of an object what is wrong with it now. What it is said to have for another reason stays."""
+        if record.problem == verdict or record.problem not in (None, self._told.get(record.key)):
+            return
+        if verdict is None:
+            log.info("%s is as it should be again", describe(record))
+            self._ledger.note(record, problem=None)
+        else:
+            log.warning("%s: %s", describe(record), verdict)
+            self._ledger.fault([record.key], verdict)

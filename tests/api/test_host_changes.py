@@ -1,0 +1,188 @@
+"""What somebody else does to our objects under a running server is seen at once, said of them and of what stands on
+them, and can be deleted; and it is taken back when it is over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from imageapi.linux import loop
+from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, squashfs, writable
+
+pytestmark = pytest.mark.api
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def await_problem(server: Server, path: str, *words: str) -> str:
+    """The problem of an object, once it has one with these words."""
+
+    def said() -> str | None:
+        problem = server.get(path).get("problem") or ""
+        return problem if all(word in problem for word in words) else None
+
+    return str(eventually(said, f"{path} has a problem with {words}", 5))
+
+
+def await_none(server: Server, path: str) -> None:
+    eventually(lambda: "problem" not in server.get(path), f"{path} has no problem any more", 5)
+
+
+@contextmanager
+def stranger_on(mountpoint: str) -> Iterator[None]:
+    """A mount of somebody else's."""
+    run("mount", "-t", "tmpfs", "stranger", mountpoint)
+    try:
+        yield
+    finally:
+        run("umount", mountpoint)
+
+
+def test_a_mount_that_somebody_unmounts(server: Server) -> None:
+    made = server.post("/mount", writable())
+    server.post("/container", {"mount": {"id": made["id"]}, "command": FOREVER})
+    run("umount", made["mountpoint"])
+    await_problem(server, f"/mount/{made['id']}", "gone from the kernel")
+    await_problem(server, "/container/0", f"mount {made['id']} (overlay), which it needs")
+    server.refused("GET", "/container/0/running", 409)
+    server.delete("/container/0")
+    server.delete(f"/mount/{made['id']}")
+    assert server.everything() == []
+    assert os.listdir(server.run_dir / "mounts") == []
+
+
+def test_a_mount_under_an_overlay_with_a_running_container(server: Server) -> None:
+    server.post("/mount", squashfs())
+    server.post("/container", {**box(FOREVER), "mount": {"kind": "overlay", "overlay": {"lower": [{"id": 0}]}}})
+    run("umount", server.get("/mount/0")["mountpoint"])
+    await_problem(server, "/mount/0", "gone from the kernel")
+    await_problem(server, "/mount/1", "mount 0 (attach), which it needs")
+    await_problem(server, "/container/0", "mount 0 (attach), which it needs")
+    assert server.get("/container/0")["state"] == "running"
+    server.delete("/container/0?force=true")
+    server.delete("/mount/0")
+    assert server.everything() == []
+
+
+def test_a_loop_device_that_somebody_detaches(server: Server) -> None:
+    made = server.post("/attach/loopback", image())
+    run("losetup", "-d", made["device_file"])
+    await_problem(server, "/attach/0", "gone from the kernel")
+    server.delete("/attach/0")
+    assert server.everything() == []
+
+
+def test_a_loop_device_that_is_anothers_by_now(server: Server, tmp_path: Path) -> None:
+    made = server.post("/attach/loopback", image())
+    run("losetup", "-d", made["device_file"])
+    run("losetup", made["device_file"], copy_of_small_image(tmp_path))
+    await_problem(server, "/attach/0", "gone from the kernel")
+    server.delete("/attach/0")
+    assert loop.status(made["device_file"]) is not None, "what is another's stays"
+    run("losetup", "-d", made["device_file"])
+
+
+def test_a_foreign_mount_on_ours(server: Server) -> None:
+    made = server.post("/mount", squashfs())
+    with stranger_on(made["mountpoint"]):
+        await_problem(server, "/mount/0", "stranger (tmpfs) is mounted over")
+        problem = server.refused("DELETE", "/mount/0", 409)
+        assert "stranger (tmpfs)" in problem["message"]
+        assert problem["holders"] == ["stranger (tmpfs)"]
+        assert os.path.ismount(made["mountpoint"])
+    await_none(server, "/mount/0")
+    server.delete("/mount/0")
+
+
+@pytest.mark.parametrize("kind", ["overlay", "tmpfs"])
+def test_a_foreign_mount_in_place_of_ours_is_never_removed(server: Server, kind: str) -> None:
+    """It may well have the device number of the one that was there."""
+    wanted = writable() if kind == "overlay" else {"kind": "tmpfs", "tmpfs": {"size": "1M"}}
+    made = server.post("/mount", wanted)
+    run("umount", made["mountpoint"])
+    with stranger_on(made["mountpoint"]):
+        await_problem(server, f"/mount/{made['id']}", "gone from the kernel", "stranger (tmpfs)")
+        server.refused("DELETE", f"/mount/{made['id']}", 409)
+        assert os.path.ismount(made["mountpoint"])
+    eventually(lambda: server.everything() == [], "what could not go goes by itself")
+    assert os.listdir(server.run_dir / "mounts") == []
+
+
+@pytest.mark.parametrize("directory", ["upperdir", "workdir"])
+def test_a_directory_that_somebody_removes(server: Server, directory: str) -> None:
+    made = server.post("/container", {"mount": writable(), "command": FOREVER})["mount"]
+    shutil.rmtree(made["overlay"][directory])
+    await_problem(server, f"/mount/{made['id']}", "was removed by somebody")
+    await_problem(server, "/container/0", f"mount {made['id']} (overlay), which it needs, has lost")
+    server.delete("/container/0")
+    assert server.everything() == []
+    assert os.listdir(server.run_dir / "mounts") == []
+
+
+def test_an_image_that_is_replaced(server: Server, tmp_path: Path) -> None:
+    """Those who have the old one keep it; whoever asks for the path gets the new one."""
+    file = copy_of_small_image(tmp_path)
+    server.post("/mount", squashfs(path=str(file)))
+    copy_of_small_image(tmp_path, "new").rename(file)
+    await_problem(server, "/attach/0", "another file now")
+    assert "problem" not in server.get("/mount/0")
+    again = server.post("/mount", squashfs(path=str(file)))
+    assert again["attach"]["attach"]["id"] == 1
+    server.delete("/mount/1")
+    server.delete("/mount/0")
+    assert server.everything() == []
+
+
+def test_a_link_to_an_image_that_points_elsewhere_now(server: Server, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(copy_of_small_image(tmp_path))
+    server.post("/attach/loopback", image(path=str(link)))
+    (tmp_path / "link").symlink_to(copy_of_small_image(tmp_path, "next"))
+    eventually(lambda: len(_watched(server)) > 3, "the image is watched")
+    (tmp_path / "link").rename(link)
+    await_problem(server, "/attach/0", "another file now")
+
+
+def test_an_image_that_is_truncated_and_restored(server: Server, tmp_path: Path) -> None:
+    file = copy_of_small_image(tmp_path)
+    content = file.read_bytes()
+    server.post("/container", {"mount": squashfs(path=str(file)), "command": FOREVER})
+    eventually(lambda: len(_watched(server)) > 2, "the image is watched")
+    times = file.stat()
+    os.truncate(file, 4096)
+    await_problem(server, "/attach/0", "was cut to 4096 bytes")
+    await_problem(server, "/container/0", "attach 0 (loopback), which it needs")
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for path in ("/attach/0", "/mount/0", "/container/0"):
+        await_none(server, path)
+    server.delete("/container/0")
+    assert server.everything() == []
+
+
+def test_an_image_that_is_written_to(server: Server, tmp_path: Path) -> None:
+    file = copy_of_small_image(tmp_path)
+    server.post("/attach/loopback", image(path=str(file)))
+    eventually(lambda: len(_watched(server)) > 2, "the image is watched")
+    with file.open("r+b") as opened:
+        opened.write(b"spoilt")
+    await_problem(server, "/attach/0", "was written to")
+    server.delete("/attach/0")
+    eventually(lambda: len(_watched(server)) == 2, "what is not attached is not watched")
+
+
+def _watched(server: Server) -> list[str]:
+    """The inotify watches of a server (proc_pid_fdinfo(5))."""
+    for name in os.listdir(f"/proc/{server.pid}/fd"):
+        if os.readlink(f"/proc/{server.pid}/fd/{name}") == "anon_inode:inotify":
+            lines = Path(f"/proc/{server.pid}/fdinfo/{name}").read_text().splitlines()
+            return [line for line in lines if line.startswith("inotify ")]
+    return []
