@@ -20,6 +20,7 @@ from imageapi.engine.graph import Graph
 from imageapi.engine.jobs import GivenUp, Jobs
 from imageapi.engine.pool import PER_STORE, Chain, Job, Pool
 from imageapi.errors import Invalid, Problem, TimedOut
+from imageapi.linux import packet
 from imageapi.records import Record
 from imageapi.spec import Mount
 
@@ -245,10 +246,10 @@ def test_what_a_worker_declines_is_given_up_and_has_not_failed(host: Host, monke
     act(scenario)
 
 
-def test_a_job_larger_than_a_message_is_refused(host: Host) -> None:
+@pytest.mark.parametrize("size", [packet.INLINE - 100, packet.INLINE, 10_000_000])
+def test_a_job_and_its_result_may_have_any_size(host: Host, size: int) -> None:
     async def scenario(pool: Pool, jobs: Jobs) -> None:
-        with pytest.raises(Problem):
-            await jobs.run("local", Job("do", "x" * (2 * worker.MESSAGE)))
+        assert await jobs.run("local", Job("do", "x" * size)) == "X" * size
         assert await jobs.run("local", Job("do", "y")) == "Y"
 
     act(scenario)

@@ -225,7 +225,7 @@ class _Making:
 def _plan_again(jobs: Iterable[Job]) -> None:
     """What was not begun is as it was planned: there is nothing to undo."""
     for job in jobs:
-        if job.result.cancelled() and job.about is not None:
+        if job.about is not None and not job.begun():
             job.about.phase = Phase.PLANNED
 
 

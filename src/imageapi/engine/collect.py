@@ -17,15 +17,16 @@ from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
-from imageapi.errors import Problem, TimedOut
+from imageapi.errors import Exhausted, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container
 
 log = logging.getLogger(__name__)
 
 FIRST_RETRY = 0.1
-LAST_RETRY = 30.0
-"""Seconds between two tries to release the same object: doubled each time up to the last."""
+LAST_RETRY, SCARCE_RETRY = 30.0, 1.0
+"""Seconds between two tries to release the same object: doubled each time up to the last; while it is only that the
+host has run out of something, to the shorter one."""
 
 
 class Collector:
@@ -151,10 +152,10 @@ class Collector:
         delay = FIRST_RETRY
         while self._graph.find(record.key) is record:
             await asyncio.sleep(delay)
-            delay = min(2 * delay, LAST_RETRY)
             try:
                 await self.release(record)
             except Problem as problem:
+                delay = min(2 * delay, SCARCE_RETRY if isinstance(problem, Exhausted) else LAST_RETRY)
                 self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
             else:
                 await self.forget(record)

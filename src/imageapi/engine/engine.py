@@ -13,7 +13,7 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.graph import Graph, Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
-from imageapi.engine.pool import Job, Pool
+from imageapi.engine.pool import Job, NoWorker, Pool
 from imageapi.engine.reconcile import Reconciler
 from imageapi.engine.tasks import Tasks
 from imageapi.engine.watch import Watch
@@ -149,7 +149,8 @@ class Engine:
 
     async def _keep(self, record: AnyRecord, before: tuple[Phase, str | None], problem: Problem) -> None:
         """What is left of an object whose delete failed: all of it, as it was; or part of it, and that still goes."""
-        if isinstance(problem, TimedOut) or not await self._stands(record):
+        begun = not isinstance(problem, NoWorker)
+        if begun and (isinstance(problem, TimedOut) or not await self._stands(record)):
             self._ledger.note(record, pinned=False)
             self._collector.put_off(record, problem)
         else:

@@ -18,13 +18,12 @@ from typing import Any
 from imageapi import errors
 from imageapi.drivers.progress import Progress
 from imageapi.engine import zygote
-from imageapi.engine.worker import MESSAGE, Reply, message_buffer
+from imageapi.engine.worker import Reply
+from imageapi.linux import memory, packet
 from imageapi.records import AnyRecord, Record
 
 log = logging.getLogger(__name__)
 
-SO_SNDBUFFORCE = 32
-"""SO_SNDBUF without its limit, for who has CAP_NET_ADMIN (socket(7)); the socket module does not have it."""
 PER_STORE = 8
 """How many chains of jobs one store may have under way: what a dead one can cost in processes."""
 APART = "this host's own state"
@@ -36,6 +35,10 @@ LOGGED_EVERY = 10.0
 """Seconds between two lines of the log about one job."""
 PATIENCE = 2.0
 """For how many seconds they wait: an idle one costs 2 MB, and a new one 1 ms."""
+
+
+class NoWorker(errors.Exhausted):
+    """The host has no process for a job, which has had no effect."""
 
 
 class Job:
@@ -57,6 +60,11 @@ class Job:
     def about(self) -> AnyRecord | None:
         """The record that the job is done for."""
         return self.arguments[0] if isinstance(self.arguments[0], Record) else None
+
+    def begun(self) -> bool:
+        """Whether it may have had an effect."""
+        result = self.result
+        return not (result.cancelled() or (result.done() and isinstance(result.exception(), NoWorker)))
 
     def hear(self, progress: Progress) -> None:
         """It says how far it is."""
@@ -85,7 +93,7 @@ class Chain:
             self._settle(message)
 
     def _settle(self, reply: Reply) -> None:
-        if not reply.begun:
+        if not reply.begun and reply.problem is None:
             self.cancel_from(0)
             return
         job = self.jobs.popleft()
@@ -108,7 +116,8 @@ class Chain:
 
 def _result(job: Job, reply: Reply) -> Any:
     if reply.problem:
-        raise errors.from_dict(reply.problem)
+        problem = errors.from_dict(reply.problem)
+        raise problem if reply.begun else NoWorker(problem.message, **problem.fields)
     if reply.bug:
         log.error("a bug in %s %s:\n%s", job.name, job.arguments, reply.bug)
         raise errors.Problem(f"{job.name} failed by a bug of this server; its log has the trace")
@@ -117,11 +126,14 @@ def _result(job: Job, reply: Reply) -> Any:
 
 class _Worker:
     """One worker process: it has ended when its end of the socket is closed. `free` is called when it has done all it
-    was given, or has ended."""
+    was given, or has ended, and `lost` tells why it has ended in the middle of a job."""
 
-    def __init__(self, channel: socket.socket, free: Callable[[_Worker, Chain], None]) -> None:
+    def __init__(
+        self, channel: socket.socket, free: Callable[[_Worker, Chain], None], lost: Callable[[Job], errors.Problem]
+    ) -> None:
         self._channel = channel
         self._free = free
+        self._lost = lost
         self._chain: Chain | None = None
         self._leaving = False
         self._retirement: asyncio.TimerHandle | None = None
@@ -129,12 +141,16 @@ class _Worker:
         asyncio.get_running_loop().add_reader(channel, self._hear)
 
     def begin(self, chain: Chain) -> None:
-        """Raises: OSError, when the process has ended."""
+        """Have the jobs done. A process that could not be had has left word of why, which is read as ever.
+
+        Raises: OSError, when there is nothing left to send the jobs with.
+        """
         if self._retirement is not None:
             self._retirement.cancel()
         jobs = [(job.name, job.arguments) for job in chain.jobs]
         try:
-            self._channel.send(pickle.dumps(jobs, pickle.HIGHEST_PROTOCOL))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                packet.send(self._channel, pickle.dumps(jobs, pickle.HIGHEST_PROTOCOL))
         except OSError:
             self.dismiss()
             raise
@@ -157,17 +173,29 @@ class _Worker:
     def _hear(self) -> bool:
         """Take one message; whether there was one."""
         try:
-            size = self._channel.recv_into(_BUFFER)
+            message = self._receive()
         except BlockingIOError:
             return False
         except OSError:
-            size = 0
-        if size and self._chain is not None:
-            self._chain.hear(pickle.loads(_BUFFER[:size]))
+            message = b""
+        if message and self._chain is not None:
+            self._take(self._chain, pickle.loads(message))
         else:
             self.dismiss()
         self._look()
         return not self.ended
+
+    def _take(self, chain: Chain, message: Reply | Progress) -> None:
+        if isinstance(message, Reply) and not message.begun:
+            self._leaving = True  # it declines, or has never been there
+        chain.hear(message)
+
+    def _receive(self) -> bytes | memoryview:
+        """That it ended with something of ours unread (ECONNRESET) is told before the word that it has left."""
+        try:
+            return packet.receive(self._channel, _BUFFER)
+        except ConnectionResetError:
+            return packet.receive(self._channel, _BUFFER)
 
     def _look(self) -> None:
         chain = self._chain
@@ -175,9 +203,8 @@ class _Worker:
             return
         self._chain = None
         if chain.jobs:
-            name = chain.jobs[0].name
-            lost = errors.Problem(f"{name}: the worker process ended in the middle of its job; ask again")
-            chain.fail(chain.jobs.popleft(), lost)
+            job = chain.jobs.popleft()
+            chain.fail(job, self._lost(job))
         self._free(self, chain)
 
     def waits(self) -> bool:
@@ -204,7 +231,7 @@ class _Worker:
             self._channel.close()
 
 
-_BUFFER = message_buffer()
+_BUFFER = packet.buffer()
 """For all that is read in the one event loop: one message, used before the next is read."""
 
 
@@ -216,6 +243,7 @@ class Pool:
         self._control = control
         self._on_lost = on_lost
         self.lost = False
+        self._oom_kills = memory.oom_kills()
         asyncio.get_running_loop().add_reader(control, self._hang_up)
         self._loaded = set(zygote.COMMON)
         self._idle: list[_Worker] = []
@@ -271,7 +299,8 @@ class Pool:
                 (self._new_worker() if store == APART else self._take_worker()).begin(chain)
             except OSError as error:
                 job = chain.jobs.popleft()
-                chain.fail(job, errors.from_oserror(error, f"starting a worker process to {job.name}"))
+                problem = errors.from_oserror(error, f"starting a worker process to {job.name}")
+                chain.fail(job, NoWorker(problem.message, **problem.fields))
             else:
                 busy.add(chain)
 
@@ -287,13 +316,21 @@ class Pool:
     def _new_worker(self) -> _Worker:
         with contextlib.ExitStack() as undo:
             ours, theirs = map(undo.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * MESSAGE)
             socket.send_fds(self._control, [zygote.WORKER], [theirs.fileno()])
             ours.setblocking(False)
             undo.pop_all()
         theirs.close()
-        return _Worker(ours, self._free)
+        return _Worker(ours, self._free, self._lost)
+
+    def _lost(self, job: Job) -> errors.Problem:
+        """Why a worker has ended in the middle of a job, as far as that can be known: it is not our child."""
+        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        if self._oom_kills > before:
+            return errors.Exhausted(
+                f"{job.name}: the host ran out of memory, and the kernel ended the process that did this (see dmesg); "
+                "make room, then ask again"
+            )
+        return errors.Problem(f"{job.name}: the process that did this was killed in the middle of it; ask again")
 
     def _free(self, worker: _Worker, chain: Chain) -> None:
         """A worker has done its jobs, or has ended over them."""

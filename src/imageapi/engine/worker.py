@@ -9,7 +9,7 @@ Before its reply a job may say how far it is, as often as it likes.
 from __future__ import annotations
 
 import contextlib
-import mmap
+import errno
 import os
 import pickle
 import socket
@@ -23,18 +23,16 @@ from imageapi.config import Site
 from imageapi.drivers import progress
 from imageapi.drivers.base import driver
 from imageapi.drivers.progress import LeftOff, Progress
-from imageapi.linux import syncfs
+from imageapi.linux import packet, syncfs
 from imageapi.records import AnyRecord, Facts
 
-MESSAGE = 4 << 20
-"""The largest job or reply in bytes: a request's body has at most 1 MB by default, and a record holds no more."""
 TOLD_EVERY = 0.25
 """Seconds between two words of how far one step of a job is."""
 
 
 class Reply(NamedTuple):
     """How a job ended: exactly one of the first three says it. `result` may be any plain value. One that was not
-    `begun` has had no effect."""
+    `begun` has had no effect; without a problem that was because nobody waits for it."""
 
     result: Any = None
     problem: dict[str, Any] | None = None
@@ -42,23 +40,18 @@ class Reply(NamedTuple):
     begun: bool = True
 
 
-def message_buffer() -> memoryview:
-    """Room for the largest message. Pages that no message has filled are not there."""
-    return memoryview(mmap.mmap(-1, MESSAGE, flags=mmap.MAP_PRIVATE))
-
-
 def serve(channel: socket.socket, site: Site) -> None:
     """Do the jobs that come over `channel` until the other end is gone."""
     os.umask(0o022)
-    buffer = message_buffer()
-    while size := channel.recv_into(buffer):
-        for name, arguments in pickle.loads(buffer[:size]):
+    buffer = packet.buffer()
+    while message := packet.receive(channel, buffer):
+        for name, arguments in pickle.loads(message):
             if _given_up(channel):
                 _decline(channel)
                 return
             with progress.heard_by(_Voice(channel)):
                 reply = _perform(name, arguments, site)
-            channel.send(pickle.dumps(reply))
+            packet.send(channel, pickle.dumps(reply))
             if reply.problem or reply.bug:
                 break
 
@@ -104,13 +97,15 @@ def _perform(name: str, arguments: Sequence[Any], site: Site) -> Reply:
         return Reply(problem=problem.to_dict())
     except OSError as error:
         return Reply(problem=_explain(error, name, arguments).to_dict())
+    except MemoryError:
+        return Reply(problem=_explain(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), name, arguments).to_dict())
     except Exception:
         return Reply(bug=traceback.format_exc())
 
 
 def failure(error: OSError, step: str) -> bytes:
     """The reply that says `error` happened before the job could begin."""
-    return pickle.dumps(Reply(problem=errors.from_oserror(error, step).to_dict()))
+    return pickle.dumps(Reply(problem=errors.from_oserror(error, step).to_dict(), begun=False))
 
 
 def _explain(error: OSError, name: str, arguments: Sequence[Any]) -> errors.Problem:

@@ -67,3 +67,13 @@ def available() -> int:
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["MemAvailable"].split()[0]) << 10
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed since the boot because memory ran out, the host's or a cgroup's
+    (oom_kill in /proc/vmstat, 4.13).
+
+    Raises: OSError.
+    """
+    with open("/proc/vmstat") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
