@@ -119,13 +119,14 @@ BY_CODE: dict[int, type[Problem]] = {
 }
 
 EXHAUSTION = {
-    codes.ENOSPC: "no space is left; make room in the run directory's file system",
-    codes.EDQUOT: "a disk quota is used up; make room or raise it",
+    codes.ENOSPC: "no space or no inodes are left in {place} (df and df -i tell); make room there",
+    codes.EDQUOT: "a quota is used up in {place}; make room or raise it",
     codes.EMFILE: "the process has no file descriptors left; raise LimitNOFILE",
     codes.ENFILE: "the host has no file descriptors left; raise fs.file-max",
-    codes.ENOMEM: "the host has no memory left",
-    codes.EAGAIN: "the host has no processes left; raise kernel.pid_max or the pids limit",
-    codes.EROFS: "the file system is read-only; remount it read-write or choose another --run-dir",
+    codes.ENOMEM: "no memory is left, of the host or of the service's control group; make room, or raise MemoryMax",
+    codes.ENOBUFS: "the host has no memory left for a message; make room",
+    codes.EAGAIN: "the host has no processes left; raise kernel.pid_max, kernel.threads-max or the service's TasksMax",
+    codes.EROFS: "{place} is read-only; remount it read-write",
 }
 """What an errno says the host has run out of, and the remedy."""
 
@@ -137,12 +138,25 @@ def from_dict(body: dict[str, Any]) -> Problem:
 
 
 def from_oserror(error: OSError, step: str) -> Problem:
-    """The answer to an error of the kernel that nobody gave a better meaning: `step` says what was being done."""
+    """The answer to an error of the kernel that nobody gave a better meaning: `step` says what was being done. One
+    with an attribute `remedy` says itself what has run out, and what to do."""
     number = error.errno or 0
     name = codes.errorcode.get(number, str(number))
     fields = {"step": step, "errno": name, "detail": getattr(error, "detail", "") or str(error)}
-    if number in EXHAUSTION:
-        return Exhausted(f"{step}: {EXHAUSTION[number]}", **fields)
+    remedy = getattr(error, "remedy", "") or EXHAUSTION.get(number, "")
+    if remedy:
+        return Exhausted(f"{step}: {remedy.format(place=_place(error))}", **fields)
     if number == codes.ETIMEDOUT:
         return TimedOut(f"{step}: it did not finish in time", **fields)
     return Problem(f"{step}: {error.strerror or error} ({name})", **fields)
+
+
+def no_memory(step: str) -> Problem:
+    """The answer to a MemoryError."""
+    return from_oserror(OSError(codes.ENOMEM, "out of memory"), step)
+
+
+def _place(error: OSError) -> str:
+    """Which file system an error is about, as far as it says so."""
+    path = error.filename
+    return f"the file system of {path}" if str(path).startswith("/") else "the run directory's file system"

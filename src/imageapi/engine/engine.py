@@ -61,6 +61,7 @@ class Engine:
         """Let what is under way end; containers run on."""
         await self._tasks.drain(self._config.cleanup_timeout)
         await self._containers.leave()
+        self._ledger.close()
         self._pool.close()
 
     # ------------------------------------------------------------------------------------------------ reading
@@ -137,7 +138,7 @@ class Engine:
             self._containers.check_deletable(record, force=force)
         before = record.phase, record.problem
         last = self._last(key)
-        self._ledger.note(record, phase=Phase.RELEASING, problem=None)
+        self._ledger.leave(record)
         try:
             await self._collector.release(record)
         except Problem as problem:

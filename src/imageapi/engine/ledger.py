@@ -22,6 +22,8 @@ from imageapi.store import Store
 log = logging.getLogger(__name__)
 
 MOVING = (Phase.PLANNED, Phase.ACQUIRING, Phase.RELEASING)
+REWRITE = 0.5
+"""Seconds until what could not be written is tried again."""
 
 
 def resting(record: AnyRecord | None) -> bool:
@@ -30,7 +32,8 @@ def resting(record: AnyRecord | None) -> bool:
 
 
 class Ledger:
-    """The records of one server, in memory and on disk."""
+    """The records of one server, in memory and on disk. What the disk does not take (it is full, or read-only) is
+    written when it does: the two part only for that long."""
 
     def __init__(self, graph: Graph, store: Store, site: Site, boot_id: str) -> None:
         self.graph = graph
@@ -38,6 +41,8 @@ class Ledger:
         self._store = store
         self._boot_id = boot_id
         self._waiting: defaultdict[Key, list[asyncio.Future[None]]] = defaultdict(list)
+        self._unwritten: set[Key] = set()
+        self._rewriting: asyncio.TimerHandle | None = None
 
     def draw_token(self) -> int:
         """A number that no other object's directories carry."""
@@ -77,7 +82,7 @@ class Ledger:
         """Set fields of a record and write it. One that was dropped meanwhile is not written again: it would be taken
         for an object at the next start.
 
-        Raises: errors.Problem when it cannot be written; it is changed in memory all the same.
+        Raises: errors.Problem when it cannot be written now; it is changed in memory all the same.
         """
         for name, value in changes.items():
             setattr(record, name, value)
@@ -86,16 +91,31 @@ class Ledger:
         try:
             self._store.save(record)
         except OSError as error:
+            self._write_later(record.key)
             raise errors.from_oserror(error, f"writing the record of {record.key}") from error
         finally:
             self._wake(record.key)
 
     def note(self, record: AnyRecord, **changes: Any) -> None:
-        """The same for what has happened already and cannot be taken back: a record that cannot be written is logged,
-        and the next start learns from the kernel what it would have said."""
+        """The same for what has happened already and cannot be taken back. Should the server end before the record
+        can be written, the next one learns from the kernel what it would have said."""
         try:
             self.change(record, **changes)
         except errors.Problem as problem:
+            log.error("%s", problem.message)
+
+    def leave(self, record: AnyRecord) -> None:
+        """An object is on its way out. That needs no room, but a disk that can be written.
+
+        Raises: errors.Exhausted, when it is read-only: nothing has changed then.
+        """
+        before = record.phase, record.problem
+        try:
+            self.change(record, phase=Phase.RELEASING, problem=None)
+        except errors.Problem as problem:
+            if problem.fields.get("errno") == "EROFS":
+                record.phase, record.problem = before
+                raise
             log.error("%s", problem.message)
 
     def spare(self, record: AnyRecord) -> None:
@@ -107,11 +127,49 @@ class Ledger:
         """Forget an object that is gone from the kernel. The ids to come are written before its own is gone."""
         self.graph.remove(key)
         try:
-            self._store.save_counters(self.graph.counters())
+            self.write_counters()
+            self._store.remove(key)
         except OSError as error:
-            log.error("the ids to come are not written: %s", error)
-        self._store.remove(key)
+            log.error("the record of %s is not removed yet: %s", key, error)
+            self._write_later(key)
         self._wake(key)
+
+    def write_counters(self) -> None:
+        """Write the ids to come. Raises: OSError."""
+        self._store.save_counters(self.graph.counters())
+
+    def _write_later(self, key: Key) -> None:
+        self._unwritten.add(key)
+        if self._rewriting is None:
+            self._rewriting = asyncio.get_running_loop().call_later(REWRITE, self._write_again)
+
+    def _write_again(self) -> None:
+        """Write what could not be, as it is now: an object that is gone has no record."""
+        self._rewriting = None
+        for key in list(self._unwritten):
+            try:
+                self._write(key)
+            except OSError:
+                self._write_later(key)
+                return
+            self._unwritten.discard(key)
+        log.warning("all records are written again")
+
+    def _write(self, key: Key) -> None:
+        record = self.graph.find(key)
+        if record is not None:
+            self._store.save(record)
+        else:
+            self.write_counters()
+            self._store.remove(key)
+
+    def close(self) -> None:
+        """Write for the last time what could not be."""
+        if self._rewriting is not None:
+            self._rewriting.cancel()
+            self._write_again()
+            if self._rewriting is not None:
+                self._rewriting.cancel()
 
     def fault(self, keys: Iterable[Key], problem: str) -> None:
         """Tell of each object what is wrong with it, and show it."""

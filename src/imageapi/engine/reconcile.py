@@ -6,6 +6,7 @@ has no record is removed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from imageapi.drivers.base import LOCAL_STORE
@@ -49,6 +50,8 @@ class Reconciler:
     async def reconcile(self, watch: Watch | None) -> None:
         """Returns when every record says what is so; what must still be undone is under way."""
         self._load()
+        with contextlib.suppress(OSError):
+            self._ledger.write_counters()  # over these it takes no room
         await self._containers.connect()
         await self._auditor.look(watch)
         await self._collect()

@@ -6,14 +6,16 @@ last one's calls into the kernel have ended.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import time
 
+from imageapi import errors
 from imageapi.config import Config, Site
 from imageapi.errors import Conflict
-from imageapi.linux import inotify
+from imageapi.linux import inotify, whole
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,15 @@ PUBLIC, PRIVATE = 0o755, 0o700
 def prepare(config: Config) -> tuple[Site, int]:
     """The site, and the locked descriptor that the zygote is to keep. The server's own lock is held until it ends.
 
-    Raises: Conflict, when another server works in the directory; OSError.
+    Raises: Problem; Conflict, when another server works in the directory.
     """
+    try:
+        return _prepare(config)
+    except OSError as error:
+        raise errors.from_oserror(error, f"preparing {config.run_dir}") from error
+
+
+def _prepare(config: Config) -> tuple[Site, int]:
     os.makedirs(config.run_dir, PUBLIC, exist_ok=True)
     _lock_server(config.run_dir)
     site = config.site(_instance(config.run_dir))
@@ -61,12 +70,12 @@ def boot_id() -> str:
 
 
 def _lock_server(run_dir: str) -> None:
+    """Who works in the directory is written over the last one's: that needs no room."""
     descriptor = os.open(f"{run_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if not _try_lock(descriptor, fcntl.LOCK_EX):
         holder = os.read(descriptor, 32).decode(errors="replace").strip()
         raise Conflict(f"{run_dir} is in use by process {holder}; stop that server, or choose another --run-dir")
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
+    os.write(descriptor, f"{os.getpid()}\n".encode().ljust(os.fstat(descriptor).st_size))
 
 
 def _lock_workers(run_dir: str) -> int:
@@ -90,12 +99,9 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 def _instance(run_dir: str) -> str:
     """The directory's own id, drawn when it was new."""
     path = f"{run_dir}/instance"
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except FileNotFoundError:
-        drawn = os.urandom(4).hex()
-        with open(f"{path}.new", "w") as file:
-            file.write(drawn + "\n")
-        os.rename(f"{path}.new", path)
-        return drawn
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        if found := file.read().strip():  # else there was no room for it
+            return found
+    drawn = os.urandom(4).hex()
+    whole.write(path, f"{drawn}\n".encode())
+    return drawn
