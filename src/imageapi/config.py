@@ -21,6 +21,8 @@ Backend = Literal["auto", "kernel", "daemon"]
 
 DEFAULT_RUN_DIR = "/var/run/imageapi"
 DEFAULT_SOCKET = "/var/run/imageapi.sock"
+LOG_LIMIT = 16 << 20
+"""Bytes that a container's log grows to before it is put aside, unless another number is chosen."""
 LOG_LEVELS = {
     "PANIC": 50,
     "FATAL": 50,
@@ -41,6 +43,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     instance: str = "00000000"
     rbd_backend: Backend = "auto"
     iscsi_backend: Backend = "auto"
+    log_limit: int = LOG_LIMIT
 
     def mark(self, key: Key) -> str:
         """What the kernel objects made for `key` carry, so that they are known for ours: at most 40 characters,
@@ -102,6 +105,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     first_id: int = 0
     rbd_backend: Backend = "auto"
     iscsi_backend: Backend = "auto"
+    log_limit: int = LOG_LIMIT
     stop_timeout: float = 30.0
     operation_timeout: float = 25.0
     cleanup_timeout: float = 10.0
@@ -120,6 +124,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             instance=instance,
             rbd_backend=self.rbd_backend,
             iscsi_backend=self.iscsi_backend,
+            log_limit=self.log_limit,
         )
 
 
@@ -295,6 +300,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     work.add_argument(
         "--stop-timeout", type=_argument(duration), default="30s", help="from the request to exit until SIGKILL (30s)"
+    )
+    work.add_argument(
+        "--log-limit",
+        type=_argument(size),
+        default="16MiB",
+        help="a container's log that has grown to it becomes <log>.1, in place of the last one of that name (16MiB)",
     )
     work.add_argument(
         "--rbd-backend",

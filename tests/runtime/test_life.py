@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imageapi.config import Site
+from imageapi.config import LOG_LIMIT, Site
 from imageapi.errors import Conflict, NotFound, Problem
 from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import output, protocol
@@ -116,11 +116,11 @@ def test_all_output_is_in_the_log_when_the_end_is_told(supervised: Supervised) -
 
 
 def test_a_log_that_is_full_is_rotated(supervised: Supervised) -> None:
-    megabytes = (output.LIMIT >> 20) + 1
+    megabytes = (LOG_LIMIT >> 20) + 1
     printing = f"dd if=/dev/zero bs=1M count={megabytes} 2>/dev/null | tr '\\0' 'x'; echo last"
     supervised.end_of(supervised.shell(printing))
     old, new = Path(supervised.site.logs_dir, "0.log.1"), Path(supervised.site.logs_dir, "0.log")
-    assert output.LIMIT <= old.stat().st_size < output.LIMIT + output.CHUNK
+    assert LOG_LIMIT <= old.stat().st_size < LOG_LIMIT + output.CHUNK
     assert old.read_text().splitlines()[0].endswith("container(0): validating image")
     assert new.read_text().endswith("xlast\n")
     assert old.stat().st_size + new.stat().st_size > megabytes << 20

@@ -10,7 +10,7 @@ from imageapi.api import body
 from imageapi.api.problems import Json, answer, bug
 from imageapi.api.query import Query
 from imageapi.api.request import Gone, Request
-from imageapi.errors import Exhausted, MethodNotAllowed, NotFound, Problem
+from imageapi.errors import Exhausted, MethodNotAllowed, NotFound, Problem, no_memory
 
 Handler = Callable[[Request, Query], Awaitable[Json]]
 
@@ -39,6 +39,8 @@ class Resource:
             return None
         except asyncio.CancelledError:
             return answer(Exhausted("the server is ending and could not wait for this; what was half made is undone"))
+        except MemoryError:
+            return answer(no_memory("answering"))
         except Exception as error:
             return bug(request, error)
 

@@ -22,11 +22,11 @@ from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
-from imageapi.errors import Conflict, NotFound, Problem, TimedOut
+from imageapi.errors import Conflict, NotFound, Problem, TimedOut, from_oserror
 from imageapi.records import AnyRecord, Facts, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
-from imageapi.runtime.protocol import Ended, Life, Start, Started
+from imageapi.runtime.protocol import Ended, Life, LogTrouble, Start, Started
 from imageapi.spec import Overlay, Tmpfs
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ class Containers:
         self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
         self._late: set[tuple[int, int]] = set()
-        self._supervisor = Supervisor(ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended)
+        self._supervisor = Supervisor(
+            ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended, on_log=self._on_log
+        )
         self._stopper = Stopper(self._supervisor, config.stop_timeout)
 
     async def connect(self) -> None:
@@ -253,6 +255,7 @@ class Containers:
             raise
         else:
             run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
+            record.problem = _log_problem(run, started.log_trouble)
             if self._graph.is_shown(record.key):  # else it is written with its create's success
                 self._ledger.note(record)
         finally:
@@ -319,6 +322,16 @@ class Containers:
             self._early[record.key] = ended
         else:
             self._tasks.spawn(self._finish(record, ended.exit_code))
+
+    def _on_log(self, news: LogTrouble) -> None:
+        """The supervisor says that a log does not take what its container prints, or does so again."""
+        record = self._graph.find(Key("container", news.id))
+        if (
+            record is not None
+            and _run(record).attempt == news.attempt
+            and _run(record).state in ("running", "stopping")
+        ):
+            self._ledger.note(record, problem=_log_problem(_run(record), news.errno))
 
     async def _finish(self, record: AnyRecord, exit_code: int | None) -> None:
         """The container has ended: its file systems are synced, then its state says so. The end of a start that was
@@ -401,6 +414,14 @@ class Containers:
             logs.append(_run(record).logfile, f"container({record.id})", text)
         except OSError as error:
             log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
+
+
+def _log_problem(run: Run, trouble: int) -> str | None:
+    """What is to be said of a log that does not take what belongs in it."""
+    if not trouble:
+        return None
+    lost = OSError(trouble, os.strerror(trouble), run.logfile)
+    return from_oserror(lost, "lines of its log are lost").message
 
 
 def _is_clean(record: AnyRecord, exit_code: int | None) -> bool:

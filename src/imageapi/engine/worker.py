@@ -9,7 +9,6 @@ Before its reply a job may say how far it is, as often as it likes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pickle
 import socket
@@ -98,7 +97,7 @@ def _perform(name: str, arguments: Sequence[Any], site: Site) -> Reply:
     except OSError as error:
         return Reply(problem=_explain(error, name, arguments).to_dict())
     except MemoryError:
-        return Reply(problem=_explain(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), name, arguments).to_dict())
+        return Reply(problem=errors.no_memory(name).to_dict())
     except Exception:
         return Reply(bug=traceback.format_exc())
 

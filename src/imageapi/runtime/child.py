@@ -8,7 +8,9 @@ descriptors but those a start needs, and ends when the supervisor does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import signal
 import socket
 import time
@@ -20,6 +22,8 @@ from imageapi.runtime import init, output
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.protocol import encode
 
+RESERVE = 64
+"""Descriptors that no child may take; a quarter of all, where there are few."""
 FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWIPC
 
 
@@ -51,18 +55,21 @@ class Nursery(NamedTuple):
     def bear(self, group: str | None = None, born_in: int | None = None) -> Child:
         """A new child; for systemd one in the cgroup2 group `born_in`, and in those named `group` elsewhere.
 
-        Raises: OSError.
+        Raises: OSError; EMFILE, while there are still descriptors to do all else with.
         """
         name = f"{time.monotonic_ns():x}"
         with contextlib.ExitStack() as undo:
             end = output.make(self.given.directory, name)
             undo.callback(output.remove, self.given.directory, name)
             undo.callback(os.close, end)
+            _check_reserve(end)
             pid, descriptor, tie = self._clone(name, group, born_in)
             undo.pop_all()
-        parked = self.keep.park(descriptor, name)
-        born, inode = pidfd.start_time(pid) or 0, pidfd.inode(descriptor)
-        return Child(name, pid, descriptor, tie, end, born, inode, parked)
+            child = Child(name, pid, descriptor, tie, end, 0, None, parked=False)
+            undo.callback(self.dismiss, child)
+            born, inode = pidfd.start_time(pid) or 0, pidfd.inode(descriptor)
+            undo.pop_all()
+        return child._replace(born=born, inode=inode, parked=self.keep.park(descriptor, name))
 
     def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -84,10 +91,22 @@ class Nursery(NamedTuple):
         os.close(child.pidfd)
         os.close(child.output)
         child.tie.close()
-        self.clear(child.name, child.parked)
+        with contextlib.suppress(OSError):  # else the next supervisor does
+            self.clear(child.name, child.parked)
 
     def clear(self, name: str, parked: bool) -> None:
-        """Remove what is kept for a child that has ended."""
+        """Remove what is kept for a child that has ended. Raises: OSError."""
         output.remove(self.given.directory, name)
         if parked:
             self.keep.unpark(name)
+
+
+def _check_reserve(descriptor: int) -> None:
+    """The newest descriptor tells how many there are, since each gets the lowest number that is free. Some are kept
+    for what must not fail: to take orders, and to note an end.
+
+    Raises: OSError(EMFILE).
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptor > limit - min(RESERVE, limit // 4):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

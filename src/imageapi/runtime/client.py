@@ -31,6 +31,7 @@ from imageapi.runtime.protocol import (
     Life,
     List,
     Lives,
+    LogTrouble,
     Quit,
     Request,
     Signal,
@@ -133,12 +134,21 @@ class _Connection:
 
 class Supervisor:
     """The supervisor of a site. `launch` has one started, and does nothing where one lives; `on_ended` is called in the
-    event loop for each life that ends while we watch, and for those that ended while no supervisor did."""
+    event loop for each life that ends while we watch, and for those that ended while no supervisor did. `on_log` is
+    called when a log does not take what a container prints, or does so again."""
 
-    def __init__(self, site: Site, *, launch: Callable[[], None], on_ended: Callable[[Ended], None]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        launch: Callable[[], None],
+        on_ended: Callable[[Ended], None],
+        on_log: Callable[[LogTrouble], None] = lambda _: None,
+    ) -> None:
         self._site = site
         self._launch = launch
         self._on_ended = on_ended
+        self._on_log = on_log
         self._connection: asyncio.Task[_Connection] | None = None
         self._running: dict[int, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -278,7 +288,7 @@ class Supervisor:
         channel = await self._find()
         connection = _Connection(channel, self._hear, self._lost)
         try:
-            self.pid = _expect(await connection.ask(Hello()), Welcome).pid
+            self.pid = _expect(await connection.ask(Hello(log_limit=self._site.log_limit)), Welcome).pid
         except BaseException:
             connection.close()
             raise
@@ -310,6 +320,8 @@ class Supervisor:
     # ----------------------------------------------------------------------------------------------------- news
 
     def _hear(self, news: Answer) -> None:
+        if isinstance(news, LogTrouble):
+            self._on_log(news)
         if not isinstance(news, Ended):
             return
         if self._running.get(news.id) == news.attempt:

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import time
-import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -25,12 +24,14 @@ from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop, Timer
-from imageapi.runtime.protocol import Answer, Ended, Failed, Life, Start, Started, encode
+from imageapi.runtime.protocol import Answer, Ended, Failed, Life, LogTrouble, Start, Started, encode
 
 REAPING = 10.0
 """Seconds that the end of a process which is not our child may stay unreaped, until its exit code is given up."""
 EBUSY_PAUSE, EBUSY_TRIES = 0.02, 100
 """A cgroup is busy until the kernel is done with its last process: seconds between tries, and how many."""
+NOTE_AGAIN = 0.5
+"""Seconds until an end that could not be written is tried again."""
 OPEN_GATE = b"\n"
 
 
@@ -39,7 +40,7 @@ class Surroundings(NamedTuple):
     groups are made; `freezer` is that of the version 1 freezer's root."""
 
     directory: int
-    logs: int
+    logs: output.Place
     keep: Keep
     nursery: Nursery
     loop: Loop
@@ -68,29 +69,37 @@ def group_name(mark: str) -> str:
 
 
 class Container:
-    """A life. `ended` is called once, when it is over and its end on disk, with the news of it; None for a start that
-    failed, of which nothing is left."""
+    """A life. `tell` is called with its news: once when it is over and its end on disk, or with None for a start that
+    failed, of which nothing is left; and when its log does not take what it prints, or does so again."""
 
     __slots__ = (
-        *("_around", "_ended", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
-        *("_ours", "_parked", "entry"),
+        *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
+        *("_log_trouble", "_ours", "_parked", "_unnoted", "entry"),
     )
 
-    def __init__(self, around: Surroundings, ended: Callable[[Container, Ended | None], None]) -> None:
+    def __init__(self, around: Surroundings, tell: Callable[[Container, Ended | LogTrouble | None], None]) -> None:
         self._around = around
-        self._ended = ended
+        self._tell = tell
         self._answer: Callable[[Answer], None] | None = None
         self._tie: socket.socket | None = None
         self._deadline: Timer | None = None
         self._problem: errors.Problem | None = None
-        self._pidfd = self._output = -1
+        self._pidfd = -1
+        self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
+        self._log_trouble = 0
         self._ours = self._parked = False
+        self._unnoted: Timer | None = None
         self.entry: Entry
 
     @property
     def life(self) -> Life:
         return self.entry.life
+
+    @property
+    def open(self) -> bool:
+        """Whether it lives, or its end is not on disk yet."""
+        return self.life.running or self._unnoted is not None
 
     # -------------------------------------------------------------------------------------------------- a start
 
@@ -171,8 +180,9 @@ class Container:
     def _begin(self, order: Start, child: Child, groups: list[str]) -> None:
         """A child has its orders: put it on disk, open its gate, and watch it."""
         self._ours, self._parked = True, child.parked
-        self._pidfd, self._tie, self._output = child.pidfd, child.tie, child.output
+        self._pidfd, self._tie = child.pidfd, child.tie
         self.entry = self._entry(order, child, groups)
+        self._output = self._copier(child.output)
         self._open_gate(child.tie)
         self._watch()
         if self._tie is not None:
@@ -191,7 +201,8 @@ class Container:
     def _watch(self) -> None:
         loop = self._around.loop
         loop.watch(self._pidfd, self._on_end)
-        loop.watch(self._output, self._on_output)
+        if self._output is not None:
+            loop.watch(self._output.end, self._output.copy)
         if self._notify is not None:
             loop.watch(self._notify.fileno(), self._on_notify)
 
@@ -200,6 +211,9 @@ class Container:
         if self._tie is None:
             return
         said = self._listen_to(self._tie)
+        if trouble := init.trouble_in(said):
+            self._log_trouble = trouble
+            return
         self._cut_tie()
         if self._problem is not None:
             return
@@ -209,7 +223,9 @@ class Container:
             self._problem = errors.Problem("the first process was killed before it could execute the command")
         else:
             life = self.life
-            self._say(Started(life.id, life.attempt, life.pid, life.start_time))
+            self._say(Started(life.id, life.attempt, life.pid, life.start_time, self._log_trouble))
+            if self._log_trouble and self._output is not None:
+                self._output.miss(self._log_trouble)
 
     @staticmethod
     def _listen_to(tie: socket.socket) -> bytes | None:
@@ -275,9 +291,10 @@ class Container:
 
     def _reopen(self) -> None:
         try:
-            self._output = output.reopen(self._around.directory, self.entry.name)
+            end = output.reopen(self._around.directory, self.entry.name)
         except FileNotFoundError:
-            self._output = output.make(self._around.directory, self.entry.name)
+            end = output.make(self._around.directory, self.entry.name)
+        self._output = self._copier(end)
         if self.entry.groups:
             self._notify = self._around.keep.listen(self.entry.name)
 
@@ -303,8 +320,12 @@ class Container:
             if group != "/":
                 cgroup.thaw(self._around.freezer, group.lstrip("/"))
 
-    def _on_output(self) -> None:
-        output.copy(self._output, self._around.logs, self.entry.logfile)
+    def _copier(self, end: int) -> output.Copier:
+        who = f"container({self.life.id})"
+        return output.Copier(end, self._around.logs, self.entry.logfile, who, self._on_log_trouble)
+
+    def _on_log_trouble(self, trouble: int) -> None:
+        self._tell(self, LogTrouble(self.life.id, self.life.attempt, trouble))
 
     def _on_notify(self) -> None:
         """Take what systemd says off the socket: one that nobody reads blocks it for ever."""
@@ -316,7 +337,7 @@ class Container:
     # --------------------------------------------------------------------------------------------------- its end
 
     def _on_end(self) -> None:
-        if self._tie is not None:
+        while self._tie is not None:
             self._on_tie()
         if self._ours:
             self._finish(self._wait(os.WEXITED | os.WNOWAIT))
@@ -339,8 +360,8 @@ class Container:
         execute its command is told when nothing is left of it."""
         if not self.life.running:
             return
-        if self._output >= 0:
-            output.drain(self._output, self._around.logs, self.entry.logfile)
+        if self._output is not None:
+            self._output.drain()
         over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=_now())
         self.entry = msgspec.structs.replace(self.entry, life=over)
         failed = self._problem is not None and self._answer is not None
@@ -348,32 +369,58 @@ class Container:
             entries.remove(self._around.directory, self.life.id)
         else:
             self._note()
-            self._ended(self, Ended(over.id, over.attempt, code, over.finished_at or ""))
+            self._tell(self, Ended(over.id, over.attempt, code, over.finished_at or ""))
         if self._ours:
             self._wait(os.WEXITED)
         self._clear()
         if failed:
             self._say(self._failure())
-            self._ended(self, None)
+            self._tell(self, None)
 
     def _note(self) -> None:
-        """Write the end to disk. A disk that is full must not keep the end from those who wait for it."""
+        """Write the end to disk, as soon as that takes it: nobody who waits for the end waits for that. Until then the
+        pidfd stays parked, so that the next supervisor learns of the end, too."""
         try:
             entries.save(self._around.directory, self.entry)
         except OSError:
-            traceback.print_exc()
+            self._unnoted = self._around.loop.after(NOTE_AGAIN, self._note_again)
+
+    def _note_again(self) -> None:
+        self._unnoted = None
+        self._note()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Remove what is kept for the process, once its end is on disk."""
+        if self._unnoted is not None:
+            return
+        try:
+            self._around.nursery.clear(self.entry.name, self._parked)
+        except OSError:
+            self._around.loop.after(NOTE_AGAIN, self._let_go)
+
+    def forget(self) -> None:
+        """Nobody is to learn of the end any more.
+
+        Raises: OSError, when what is on disk of it cannot be removed.
+        """
+        entries.remove(self._around.directory, self.life.id)
+        if self._unnoted is not None:
+            self._unnoted.cancel()
+            self._unnoted = None
+            self._let_go()
 
     def _clear(self) -> None:
         """Let go of all that only a living container needs."""
         around, loop = self._around, self._around.loop
         if self._deadline is not None:
             self._deadline.cancel()
-        for descriptor in (self._pidfd, self._output):
+        for descriptor in (self._pidfd, -1 if self._output is None else self._output.end):
             if descriptor >= 0:
                 loop.unwatch(descriptor)
                 os.close(descriptor)
-        self._pidfd = self._output = -1
-        around.nursery.clear(self.entry.name, self._parked)
+        self._pidfd, self._output = -1, None
+        self._let_go()
         if self._notify is not None:
             loop.unwatch(self._notify.fileno())
             self._notify.close()

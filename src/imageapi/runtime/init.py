@@ -78,21 +78,30 @@ def run(tie: socket.socket, given: Inheritance, name: str, group: str | None) ->
         orders, descriptors = receive(tie)
         if orders:
             order = _decode(orders)
-            log = logs.open_log(order.start.logfile, given.logs)
+            log = logs.Log(order.start.logfile, given.logs)
             os.close(given.logs)
             root = _open_root(order.start, log, home, *descriptors[:2])
             _enter(root, order.start, steps, trees, logs.Writer(log, "init"), *descriptors[2:])
+            if log.trouble:
+                tie.send(b"%d" % log.trouble)
             _pass_gate(tie)
             _execute(order)
     except errors.Problem as problem:
         _report(tie, problem)
     except OSError as error:
         _report(tie, errors.from_oserror(error, "starting the container"))
+    except MemoryError:
+        _report(tie, errors.no_memory("starting the container"))
     except BaseException as bug:
         _report(tie, errors.Problem(f"the start met a bug: {bug!r}"))
         raise
     finally:
         os._exit(NOT_EXECUTED)
+
+
+def trouble_in(said: bytes | None) -> int:
+    """The errno for which lines of the log are lost, if that is what a first process says: there is more to come."""
+    return int(said) if said and said.isdigit() else 0
 
 
 def _report(tie: socket.socket, problem: errors.Problem) -> None:
@@ -158,7 +167,7 @@ def _carry_out(step: Step) -> None:
 # -------------------------------------------------------------------------------------------------- after orders
 
 
-def _open_root(order: Start, log: int, home: int, namespace: int, directory: int) -> int:
+def _open_root(order: Start, log: logs.Log, home: int, namespace: int, directory: int) -> int:
     """A copy of what is mounted at the root's place, in which the command can be executed. Only who is in a mount
     namespace can copy what is mounted there (open_tree(2)).
 

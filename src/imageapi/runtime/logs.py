@@ -7,9 +7,12 @@ the time zone's file is out of sight, time.localtime() must have been called bef
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterable
+
+from imageapi.linux import whole
 
 MODE = 0o640
 OLDER = ".1"
@@ -38,10 +41,31 @@ def append(path: str, who: str, *texts: str) -> None:
         os.close(log)
 
 
-class Writer:
-    """An open log for one that does a step after the other: lines are kept until `flush`, and written together."""
+class Log:
+    """A log for one that has something else to do than to write it: what it does not take is lost, and `trouble` is
+    the errno for that, or 0."""
 
-    def __init__(self, log: int, who: str) -> None:
+    def __init__(self, path: str, directory: int) -> None:
+        self.trouble = 0
+        self._file = -1
+        try:
+            self._file = open_log(path, directory)
+        except OSError as error:
+            self.trouble = error.errno or errno.EIO
+
+    def write(self, data: bytes) -> None:
+        if self._file < 0:
+            return
+        try:
+            whole.write_all(self._file, data)
+        except OSError as error:
+            self.trouble = error.errno or errno.EIO
+
+
+class Writer:
+    """A log for one that does a step after the other: lines are kept until `flush`, and written together."""
+
+    def __init__(self, log: Log, who: str) -> None:
         self._log = log
         self._who = who
         self._texts: list[str] = []
@@ -50,9 +74,8 @@ class Writer:
         self._texts += texts
 
     def flush(self) -> None:
-        """Raises: OSError."""
         if self._texts:
-            os.write(self._log, lines(self._who, self._texts))
+            self._log.write(lines(self._who, self._texts))
             self._texts.clear()
 
 

@@ -8,13 +8,13 @@ is no end of file, however often the container closes its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+from imageapi.linux import whole
 from imageapi.runtime import logs
 
-LIMIT = 16 << 20
-"""A log that has grown to so many bytes becomes `<log>.1` (logs.OLDER)."""
 CHUNK = 64 << 10
 """A pipe's size by default (pipe(7)), in bytes: the most that one read of it gives."""
 SUFFIX = ".out"
@@ -60,33 +60,85 @@ def sweep(directory: int, known: Collection[str]) -> None:
             remove(directory, name)
 
 
-def copy(end: int, directory: int, logfile: str) -> bool:
-    """Copy what is there, one chunk at most, to the log `logfile` in the logs directory; whether there was anything.
+class Place:
+    """Where the logs are: a descriptor of their directory; and how many bytes a log grows to before it is put aside
+    as `<log>.1` (logs.OLDER), in place of the last one of that name."""
 
-    A log that cannot be written loses the chunk: a full disk must not stop the container.
+    def __init__(self, directory: int, limit: int) -> None:
+        self.directory = directory
+        self.limit = limit
+
+
+class Copier:
+    """Copies what a container prints from `end`, our end of its FIFO, to its log.
+
+    What the log does not take is lost, since a full disk must not stop the container: the log tells of it, as `who`,
+    once it takes something again. `on_trouble` is called with the errno when that begins, and with 0 when it is over.
     """
-    try:
-        data = os.read(end, CHUNK)
-    except BlockingIOError:
-        return False
-    with contextlib.suppress(OSError):
-        _write(directory, logfile, data)
-    return bool(data)
 
+    __slots__ = ("_logfile", "_lost", "_on_trouble", "_place", "_trouble", "_who", "end")
 
-def drain(end: int, directory: int, logfile: str) -> None:
-    """Copy all that is left of a container whose processes have ended."""
-    while copy(end, directory, logfile):
-        pass
+    def __init__(self, end: int, place: Place, logfile: str, who: str, on_trouble: Callable[[int], None]) -> None:
+        self.end = end
+        self._place = place
+        self._logfile = logfile
+        self._who = who
+        self._on_trouble = on_trouble
+        self._trouble = 0
+        self._lost = 0
 
+    def miss(self, trouble: int) -> None:
+        """The log has not taken something already, for this errno."""
+        self._trouble = trouble
 
-def _write(directory: int, logfile: str, data: bytes) -> None:
-    log = logs.open_log(logfile, directory)
-    try:
-        while data:
-            data = data[os.write(log, data) :]
-        full = os.fstat(log).st_size >= LIMIT
-    finally:
-        os.close(log)
-    if full:
-        os.rename(logfile, logfile + logs.OLDER, src_dir_fd=directory, dst_dir_fd=directory)
+    def copy(self) -> bool:
+        """Copy what is there, one chunk at most; whether there was anything."""
+        try:
+            data = os.read(self.end, CHUNK)
+        except BlockingIOError:
+            return False
+        self._keep(data)
+        return bool(data)
+
+    def drain(self) -> None:
+        """Copy all that is left of a container whose processes have ended."""
+        while self.copy():
+            pass
+        with contextlib.suppress(OSError):
+            self._put_aside(os.stat(self._logfile, dir_fd=self._place.directory).st_size)
+
+    def _keep(self, data: bytes) -> None:
+        try:
+            self._write(self._told_loss() + data)
+        except OSError as error:
+            self._lost += len(data)
+            self._say(error.errno or errno.EIO)
+        else:
+            self._lost = 0
+            self._say(0)
+
+    def _told_loss(self) -> bytes:
+        """What the log must say first."""
+        if not self._lost:
+            return b""
+        why = os.strerror(self._trouble)
+        return logs.lines(self._who, [f"{self._lost} bytes that it printed here are lost: {why}"])
+
+    def _say(self, trouble: int) -> None:
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._on_trouble(trouble)
+
+    def _write(self, data: bytes) -> None:
+        log = logs.open_log(self._logfile, self._place.directory)
+        try:
+            whole.write_all(log, data)
+            size = os.fstat(log).st_size
+        finally:
+            os.close(log)
+        self._put_aside(size)
+
+    def _put_aside(self, size: int) -> None:
+        if size >= self._place.limit:
+            directory = self._place.directory
+            os.rename(self._logfile, self._logfile + logs.OLDER, src_dir_fd=directory, dst_dir_fd=directory)

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from imageapi.config import LOG_LIMIT
+
 VERSION = 2
 MESSAGE = 192 << 10
 """The largest packet in bytes; a socket's buffer, 208 KiB by default, must hold it."""
@@ -28,9 +30,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Hello(Message, frozen=True):
-    """Answered by Welcome."""
+    """Answered by Welcome. A container's log that has grown to `log_limit` bytes is put aside from now on."""
 
     version: int = VERSION
+    log_limit: int = LOG_LIMIT
 
 
 class Start(Message, frozen=True, kw_only=True):
@@ -111,12 +114,14 @@ class Welcome(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
-    """`pid` is the host's number of the first process; `start_time` as in Life."""
+    """`pid` is the host's number of the first process; `start_time` as in Life. `log_trouble` is the errno for which
+    lines of its log are lost, or 0."""
 
     id: int
     attempt: int
     pid: int
     start_time: int
+    log_trouble: int = 0
 
 
 class Lives(Message, frozen=True):
@@ -145,8 +150,16 @@ class Ended(Message, frozen=True):
     finished_at: str
 
 
+class LogTrouble(Message, frozen=True):
+    """News: what a container prints is not in its log any more, for this errno; or, with 0, is so again."""
+
+    id: int
+    attempt: int
+    errno: int
+
+
 Request = Hello | Start | Signal | Kill | Forget | List | Quit
-Answer = Welcome | Started | Lives | Done | Failed | Ended
+Answer = Welcome | Started | Lives | Done | Failed | Ended | LogTrouble
 
 
 class Call(msgspec.Struct, frozen=True):

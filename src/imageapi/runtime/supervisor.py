@@ -41,6 +41,7 @@ from imageapi.runtime.protocol import (
     Kill,
     List,
     Lives,
+    LogTrouble,
     Quit,
     Reply,
     Signal,
@@ -56,6 +57,8 @@ FIRST_CLIENT = 10.0
 """Seconds for the server that had us launched to come."""
 IDLE = 0.2
 """Seconds without a client and without a living container, until there is no use in a supervisor."""
+ACCEPT_AGAIN = 0.1
+"""Seconds until a server is let in that could not be."""
 SPARE = 0.005
 """Seconds from a start to the next child in waiting: the one that has just executed is to have the processors."""
 _EXAMPLE = protocol.encode(Call(0, Start(id=0, attempt=0, root="", argv=["/"], logfile="", mark="")))
@@ -132,7 +135,7 @@ def _surroundings(site: Site) -> Surroundings:
     keep = Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor")
     return Surroundings(
         directory=given.directory,
-        logs=given.logs,
+        logs=output.Place(given.logs, site.log_limit),
         keep=keep,
         nursery=Nursery(given, keep),
         loop=Loop(at_rest=lambda: memory.forget_code(given.code)),
@@ -207,7 +210,7 @@ class Supervisor:
         """Take up the lives that another supervisor noted, and clear away what it left of others."""
         for entry in entries.load(self._around.directory, self._around.boot_id):
             self._adopt(entry)
-        living = {one.entry.name for one in self._containers.values() if one.life.running}
+        living = {one.entry.name for one in self._containers.values() if one.open}
         output.sweep(self._around.directory, living)
         for name in self._around.keep.names():
             if name not in living:
@@ -216,19 +219,19 @@ class Supervisor:
         self._around.sweep_groups({group for one in self._containers.values() for group in one.entry.groups})
 
     def _adopt(self, entry: Entry) -> None:
-        container = Container(self._around, self._on_ended)
+        container = Container(self._around, self._on_news)
         self._containers[entry.life.id] = container
         container.adopt(entry)
 
     def serve(self) -> None:
         """Serve until somebody says Quit, or nobody is left to serve."""
-        self._loop.watch(self._listener.fileno(), self._accept)
+        self._watch_listener()
         self._loop.after(FIRST_CLIENT, self._rest)
         self._bear_spare()
         self._loop.run()
 
     def _running(self) -> list[int]:
-        return [container.life.id for container in self._containers.values() if container.life.running]
+        return [container.life.id for container in self._containers.values() if container.open]
 
     def _rest(self) -> None:
         """End when there is nothing to do: what is known of ended lives is on disk."""
@@ -247,22 +250,32 @@ class Supervisor:
         to, and nobody waits for that now."""
         order = protocol.decode_call(_EXAMPLE).body
         assert isinstance(order, Start)
-        Container(self._around, self._on_ended).rehearse(order, spare)
+        Container(self._around, self._on_news).rehearse(order, spare)
         protocol.encode(Reply(0, Started(0, 0, 0, 0)))
 
     def _end(self) -> None:
+        self._loop.stop()
         if self._spare is not None:
             self._around.nursery.dismiss(self._spare)
-        with contextlib.suppress(FileNotFoundError):  # whoever has removed it by hand keeps nobody alive by that
+        with contextlib.suppress(OSError):  # whoever has removed it by hand keeps nobody alive by that
             os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
         self._around.keep.remove()
-        self._loop.stop()
 
     # -------------------------------------------------------------------------------------------------- clients
 
+    def _watch_listener(self) -> None:
+        self._loop.watch(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        """Let a server in. Where there is nothing left to do that with (EMFILE, ENOMEM), it waits a little."""
+        try:
             channel, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            pass
+        except OSError:
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.after(ACCEPT_AGAIN, self._watch_listener)
+        else:
             client = Client(channel, self._drop)
             self._clients.add(client)
             self._loop.watch(channel.fileno(), lambda: self._hear(client))
@@ -304,6 +317,8 @@ class Supervisor:
         except OSError as error:
             step = f"{type(call.body).__name__.lower()} of a container"
             client.tell(call.number, Failed(errors.from_oserror(error, step).to_dict()))
+        except MemoryError:
+            client.tell(call.number, Failed(errors.no_memory("the supervisor").to_dict()))
         except Exception as bug:
             traceback.print_exc()
             client.tell(call.number, Failed(errors.Problem(f"the supervisor has a bug: {bug!r}").to_dict()))
@@ -324,6 +339,7 @@ class Supervisor:
                 f"the supervisor of this run directory speaks version {protocol.VERSION}, and the server "
                 f"{hello.version}; kill the supervisor, process {os.getpid()}: the server's own takes up its containers"
             )
+        self._around.logs.limit = hello.log_limit
         return Welcome(protocol.VERSION, os.getpid())
 
     def _start(self, client: Client, number: int, order: Start, descriptors: list[int]) -> None:
@@ -334,7 +350,7 @@ class Supervisor:
         found = self._containers.get(order.id)
         if found is not None and found.life.running:
             raise errors.Conflict(f"container {order.id} has a process already: {found.life.pid}")
-        container = Container(self._around, self._on_ended)
+        container = Container(self._around, self._on_news)
         spare, self._spare = (None, self._spare) if order.systemd else (self._spare, None)
         try:
             container.start(order, descriptors, spare, lambda answer: self._on_started(client, number, answer))
@@ -376,8 +392,8 @@ class Supervisor:
             return Done()
         if found.life.running:
             raise errors.Conflict(f"container {order.id} runs, as process {found.life.pid}")
+        found.forget()
         del self._containers[order.id]
-        entries.remove(self._around.directory, order.id)
         return Done()
 
     def _quit(self, _: Quit) -> Answer:
@@ -386,7 +402,7 @@ class Supervisor:
         self._end()
         return Done()
 
-    def _on_ended(self, container: Container, news: Ended | None) -> None:
+    def _on_news(self, container: Container, news: Ended | LogTrouble | None) -> None:
         if not self._clients:
             self._loop.after(IDLE, self._rest)
         if news is None:
