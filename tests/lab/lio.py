@@ -36,7 +36,16 @@ echo 1 >$group/enable
 """
 
 MULTIPATH = """\
-printf 'defaults {\\n find_multipaths yes\\n}\\nblacklist {\\n devnode "^(vd|nbd|loop)"\\n}\\n' >/etc/multipath.conf
+cat >/etc/multipath.conf <<END
+defaults {
+    find_multipaths yes
+    polling_interval 1
+    fast_io_fail_tmo 1
+}
+blacklist {
+    devnode "^(vd|nbd|loop)"
+}
+END
 /lib/systemd/systemd-udevd --daemon
 multipathd
 timeout 20 sh -c 'until [ -s /run/multipathd.pid ]; do sleep 0.05; done'
@@ -51,3 +60,16 @@ def serve(guest: Guest, file: str, initiator: str, chap: dict[str, str]) -> None
 def run_multipathd(guest: Guest) -> None:
     """Run it, and udev, which tells it of disks."""
     guest.sh(MULTIPATH)
+
+
+def lose_portal(guest: Guest, address: str) -> None:
+    """It listens no more, and its connections are reset."""
+    guest.sh(f"rmdir {_portal(address)}; ss --kill --no-header --tcp dst {address} dport = 3260 >/dev/null")
+
+
+def bring_back_portal(guest: Guest, address: str) -> None:
+    guest.sh(f"mkdir {_portal(address)}")
+
+
+def _portal(address: str) -> str:
+    return f"/sys/kernel/config/target/iscsi/{TARGET}/tpgt_1/np/{address}:3260"

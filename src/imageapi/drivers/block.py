@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from imageapi.drivers import holders
+from imageapi.drivers import holders, partitions
 from imageapi.errors import Conflict, Invalid
 from imageapi.linux import blockqueue, loop, mountinfo, users
 from imageapi.records import Facts
@@ -72,11 +72,37 @@ def _detached(device: str, name: str | None) -> bool:
     return True
 
 
+def is_free(device: str) -> bool:
+    """Whether nobody has the device, or a partition of it, mounted or open. The maps that kpartx makes of a multipath
+    device's partitions hold it, and go with it. One that is gone, or not quite there yet, is free."""
+    try:
+        parts, above = _partitions(device), _above(device)
+    except FileNotFoundError:
+        return True
+    held = parts if above and above <= parts else {device, *parts}
+    return all(map(loop.is_free, held)) and not users.using(device, *parts)
+
+
 def busy(device: str) -> Conflict:
     """The refusal to let go of `device`: its mounts here and in other mount namespaces, the devices on it, and the
-    processes that have it open. Nothing here asks the device itself."""
+    processes that have it open; its partitions' too. Nothing here asks the device itself."""
+    parts = _partitions(device)
+    devs = {_dev(each) for each in (device, *parts)}
+    mounts = [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.dev in devs]
+    devices = sorted(_above(device).union(*map(_above, parts)) - parts)
+    pids = [pid for dev in devs for pid in mountinfo.holders(dev)]
+    return holders.busy(device, [*pids, *users.using(device, *parts)], [*mounts, *devices])
+
+
+def _partitions(device: str) -> set[str]:
+    return {each.device for each in partitions.read(device).values()}
+
+
+def _above(device: str) -> set[str]:
+    """The block devices that stand on it."""
+    return {f"/dev/{name}" for name in os.listdir(f"/sys/dev/block/{_dev(device)}/holders")}
+
+
+def _dev(device: str) -> str:
     number = os.stat(device).st_rdev
-    dev = f"{os.major(number)}:{os.minor(number)}"
-    mounts = [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.dev == dev]
-    devices = [f"/dev/{name}" for name in os.listdir(f"/sys/dev/block/{dev}/holders")]
-    return holders.busy(device, [*mountinfo.holders(dev), *users.using(device)], [*mounts, *devices])
+    return f"{os.major(number)}:{os.minor(number)}"

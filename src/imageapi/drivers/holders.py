@@ -15,10 +15,10 @@ _NAMED = 3
 """How many a sentence names; the field `holders` has all."""
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` comes true within the time that the kernel takes to finish what a process left when it
-    ended: the mounts of a namespace go in a work queue, after its last process is gone."""
-    deadline = time.monotonic() + GRACE
+def until(condition: Callable[[], bool], seconds: float = GRACE) -> bool:
+    """Whether `condition` comes true within `seconds`: by default the time that the kernel takes to finish what a
+    process left when it ended, since the mounts of a namespace go in a work queue, after its last process is gone."""
+    deadline = time.monotonic() + seconds
     pause = FIRST_PAUSE
     while not condition():
         if time.monotonic() > deadline:

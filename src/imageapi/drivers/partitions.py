@@ -1,5 +1,8 @@
 """The partitions of a block device, as the kernel has read them: it numbers them, and devtmpfs has their nodes.
 
+A device-mapper device has none of its own: kpartx(8), which udev runs for multipath devices, maps each as a device
+more, whose UUID tells what it is (`part2-mpath-…`).
+
 Nothing here reads a partition table, and nothing is made in /dev: a node that is missing is told.
 """
 
@@ -9,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from imageapi.drivers import holders
@@ -17,6 +21,8 @@ from imageapi.errors import Conflict, Invalid, Unsupported
 BLKRRPART = 0x125F
 _SECTOR = 512
 """Bytes in which sysfs counts, whatever the device's own block is."""
+MAPPING = 6.0
+"""Seconds that udev has to run kpartx for a multipath device that has just appeared."""
 
 
 class Partition(NamedTuple):
@@ -31,6 +37,8 @@ def find(device: str, number: int) -> str:
 
     Raises: errors.Invalid listing those there are; errors.Unsupported.
     """
+    if _map_uuid(_sysfs(device)):
+        holders.until(lambda: bool(read(device)), MAPPING)
     holders.until(lambda: number in read(device))
     found = read(device)
     if number not in found:
@@ -42,14 +50,37 @@ def find(device: str, number: int) -> str:
 
 
 def read(device: str) -> dict[int, Partition]:
-    """The partitions that the kernel knows of, by number."""
+    """The partitions that the kernel knows of, by number, and those that are mapped."""
     disk = _sysfs(device)
-    found: dict[int, Partition] = {}
+    found = {number: _partition(path) for number, path in (*_own(disk), *_mapped(disk))}
+    return {number: each for number, each in sorted(found.items()) if each is not None}
+
+
+def _own(disk: str) -> Iterator[tuple[int, str]]:
     for name in os.listdir(disk):
         with contextlib.suppress(OSError):  # no partition, or gone by now
-            number = int(_attribute(f"{disk}/{name}", "partition"))
-            found[number] = Partition(_node(f"{disk}/{name}"), _SECTOR * int(_attribute(f"{disk}/{name}", "size")))
-    return dict(sorted(found.items()))
+            yield int(_attribute(f"{disk}/{name}", "partition")), f"{disk}/{name}"
+
+
+def _mapped(disk: str) -> Iterator[tuple[int, str]]:
+    if uuid := _map_uuid(disk):
+        for name in os.listdir(f"{disk}/holders"):
+            number, _, whole = _map_uuid(f"{disk}/holders/{name}").removeprefix("part").partition("-")
+            if whole == uuid and number.isdigit():
+                yield int(number), f"{disk}/holders/{name}"
+
+
+def _map_uuid(directory: str) -> str:
+    """What device-mapper knows a device by; empty when it is none of its."""
+    with contextlib.suppress(OSError):
+        return _attribute(directory, "dm/uuid")
+    return ""
+
+
+def _partition(directory: str) -> Partition | None:
+    with contextlib.suppress(OSError):
+        return Partition(_node(directory), _SECTOR * int(_attribute(directory, "size")))
+    return None
 
 
 def have_read(device: str) -> None:
@@ -77,6 +108,8 @@ def _instead(device: str, found: dict[int, Partition]) -> str:
         return "it has " + ", ".join(f"{number} ({each.size >> 20} MiB)" for number, each in found.items())
     if os.path.exists(f"{_sysfs(device)}/partition"):
         return "it is a partition itself; leave the number out"
+    if _map_uuid(_sysfs(device)):
+        return f"the kernel reads no partition table there: 'kpartx -a {device}' maps them; its udev rule does so"
     with contextlib.suppress(OSError):
         if _attribute(_sysfs(device), "loop/partscan") == "0":
             return "its partitions were not read; attach it with readPartitions set to true"

@@ -14,8 +14,8 @@ from typing import NamedTuple
 CLASS = "/sys/class/iscsi_session"
 TRANSPORT = "/sys/class/iscsi_transport/tcp"
 
-FAILED = "FAILED"
-"""A session's state while its target is away and looked for; LOGGED_IN while it answers, FREE once it was given up."""
+LOGGED_IN, FAILED = "LOGGED_IN", "FAILED"
+"""A session's state while its target answers, and while it is away and looked for; FREE once it was given up."""
 
 
 class Session(NamedTuple):

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 
 
-def using(path: str) -> list[int]:
-    """The processes that have `path`, or something below it, open or as working directory, root or program. Best
-    effort: mapped files that are no longer open are not found."""
-    path = os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path)
-    return [pid for pid in _processes() if any(_at(link, path) for link in _links(pid))]
+def using(*paths: str) -> list[int]:
+    """The processes that have one of `paths`, or something below it, open or as working directory, root or program.
+    Best effort: mapped files that are no longer open are not found."""
+    real = [f"{os.path.realpath(os.path.dirname(path))}/{os.path.basename(path)}" for path in paths]
+    return [pid for pid in _processes() if any(_at(link, path) for link in _links(pid) for path in real)]
 
 
 def command(pid: int) -> str:

@@ -12,6 +12,7 @@ import msgspec
 
 from drivers import interruptions
 from imageapi.config import Backend, Site
+from imageapi.drivers import partitions
 from imageapi.drivers.attach.iscsi import Driver
 from imageapi.drivers.iscsi import database
 from imageapi.engine import sweep
@@ -54,18 +55,24 @@ def looked_at(fields: dict[str, Any], backend: Backend = "kernel") -> dict[str, 
         assert facts.device_file is not None
         seen = DRIVER.observe(what, where)
         name = os.path.basename(facts.device_file)
-        found = {
+        found: dict[str, Any] = {
             "device": facts.device_file,
             "observed": seen.device_file if seen else None,
             "sessions": len([each for each in left(where) if each.startswith("session")]),
             "others": [each for each in left(where) if not each.startswith("session")],
             **{path: _read(f"/sys/block/{name}/{path}") for path in ("ro", "queue/scheduler", "device/queue_depth")},
         }
-        with open(facts.device_file, "rb") as device:
-            found["begins"] = device.read(4).decode("latin-1")
+        found["begins"] = _begin(facts.device_file)
+        parts = partitions.read(facts.device_file)
+        found["partitions"] = {str(number): _begin(partitions.find(facts.device_file, number)) for number in parts}
         DRIVER.release(what, where)
         DRIVER.release(what, where)
         return {**found, "left": left(where)}
+
+
+def _begin(device: str) -> str:
+    with open(device, "rb") as file:
+        return file.read(4).strip(b"\0").decode("latin-1")
 
 
 def _read(path: str) -> str:

@@ -13,6 +13,7 @@ from imageapi.config import Site
 from imageapi.drivers.attach.iscsi import Driver
 from imageapi.records import AnyRecord, Record
 from imageapi.spec import Attachment, Chap, Iscsi, Secret
+from lab import partitions
 from lab.iscsi import PORT, Account, Server
 
 DRIVER = Driver()
@@ -20,8 +21,9 @@ INITIATOR = "iqn.2026-01.test:node1"
 OPEN, GUARDED, MUTUAL, CLOSED = (f"iqn.2026-01.test:{name}" for name in ("open", "guarded", "mutual", "closed"))
 """Targets: for all; with CHAP; with mutual CHAP; for another initiator."""
 ACCOUNT, TARGET_ACCOUNT = Account("node", "only-for-nodes"), Account("storage", "proof-of-target")
-IMAGE, SCRATCH, PROTECTED, FAR = 1, 2, 3, 300
-"""The LUNs of each target: a squashfs, an empty disk, a disk that the target lets nobody write, and the image again."""
+IMAGE, SCRATCH, PROTECTED, PARTED, FAR = 1, 2, 3, 4, 300
+"""The LUNs of each target: a squashfs and an empty disk; and of the open one: a disk that the target lets nobody write,
+one whose second partition is the image, and the image again."""
 SCRATCH_SIZE = 8 << 20
 
 
@@ -52,6 +54,8 @@ def fill(server: Server, image: Path) -> None:
         server.add_disk(number, IMAGE, f"{server.directory}/image")
         server.add_disk(number, SCRATCH, scratch)
     server.add_disk(numbers[OPEN], PROTECTED, f"{server.directory}/image", read_only=True)
+    Path(server.directory, "parted").write_bytes(partitions.gpt(bytes(4096), image.read_bytes()))
+    server.add_disk(numbers[OPEN], PARTED, f"{server.directory}/parted")
     server.add_disk(numbers[OPEN], FAR, f"{server.directory}/image")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,17 @@ from drivers.iscsi.on_target import (
     INITIATOR,
     MUTUAL,
     OPEN,
+    PARTED,
     SCRATCH,
     TARGET_ACCOUNT,
     Lab,
     fill,
 )
-from lab import lio
+from lab import lio, partitions
 from lab.guest.guest import Guest
 from lab.guest.network import SERVER, SERVER_V6, Network
 from lab.guest.server import GuestServer
+from lab.images import small_image
 from lab.iscsi import PORT, Server
 from lab.machine import Machine
 from lab.server import box, eventually
@@ -88,6 +92,12 @@ def test_the_device_is_the_logical_unit_as_it_was_asked_for(initiator: Guest) ->
         assert found["device/queue_depth"] == str(fields.get("queue_depth", 16)), case
 
 
+def test_partitions_are_there_by_their_numbers_either_way(initiator: Guest) -> None:
+    for backend, fields in (("kernel", {}), ("daemon", {"readPartitions": True})):
+        found = initiator.call("drivers.iscsi.in_guest:looked_at", asked(lun=PARTED, **fields), backend)
+        assert (found["partitions"], found["left"]) == ({"1": "", "2": "hsqs"}, []), backend
+
+
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a wrong secret": ({"target": GUARDED, "chap": {**CHAP, "secret": "not-the-secret"}}, 422, "$.chap.secret"),
     "no CHAP": ({"target": GUARDED}, 422, "$.chap"),
@@ -126,23 +136,74 @@ def test_an_attach_and_a_detach_killed_halfway_leave_nothing(initiator: Guest) -
 # -------------------------------------------------------------------------------------- the kernel's own target
 
 
-def test_a_target_with_two_portals_is_one_device_where_multipathd_runs(initiator: Guest) -> None:
+READING = """\
+while :; do
+    dd if=$0 of=/dev/null bs=64k iflag=direct status=none && echo good >>/tmp/reads || echo bad >>/tmp/reads
+    sleep 0.1
+done
+"""
+
+
+def reads(guest: Guest) -> list[str]:
+    return guest.read("/tmp/reads").decode().split()
+
+
+def goes_on(guest: Guest) -> None:
+    """The reader has read again, and no read has ever failed."""
+    before = len(reads(guest))
+    eventually(lambda: len(reads(guest)) > before + 2, "it reads")
+    assert set(reads(guest)) == {"good"}
+
+
+def paths(guest: Guest) -> str:
+    """A letter for each path of the multipath device: `A` is used, `F` has failed."""
+    words = guest.run("dmsetup", "status", "--target", "multipath").split()
+    return "".join(state for path, state in itertools.pairwise(words) if re.fullmatch(r"8:\d+", path))
+
+
+def test_a_target_with_two_portals(initiator: Guest, guest_server: GuestServer) -> None:
+    """One is enough; where multipathd runs both are one device, and each may be lost and come back."""
     chap = {**CHAP, **PROOF}
     with initiator.expecting():
-        initiator.run("truncate", "--size", "8M", "/tmp/disk")
+        initiator.write("/tmp/disk", partitions.gpt(bytes(4096), small_image().read_bytes()))
         lio.serve(initiator, "/tmp/disk", INITIATOR, chap)
     what = asked(target=lio.TARGET, host=lio.PORTALS[0], lun=0, chap=chap)
+    a_single_portal_is_enough(initiator, what)
+    with initiator.expecting():
+        lio.run_multipathd(initiator)
+    made = guest_server.post("/mount/iscsi", {"fs_type": "squashfs", "partition": 2, "iscsi": what})
+    a_partition_is_read_on_while_a_portal_is_lost(initiator, made)
+    lio.lose_portal(initiator, lio.PORTALS[1])
+    refused = guest_server.refused("DELETE", f"/attach/iscsi/{made['iscsi_id']}?force=1", 409)
+    assert refused["holders"] == [f"mount {made['id']} (attach)"]
+    guest_server.delete(f"/mount/iscsi/{made['id']}")
+    eventually(lambda: guest_server.everything() == [], "it is detached")
+    assert initiator.run("ls", "/sys/class/iscsi_session") == ""
+    assert initiator.run("ls", "/dev/mapper") == "control\n"
+
+
+def a_single_portal_is_enough(initiator: Guest, what: dict[str, Any]) -> None:
     one = initiator.call("drivers.iscsi.in_guest:looked_at", what)
     assert (one["device"], one["sessions"], one["left"]) == ("/dev/sda", 1, [])
     problem = initiator.call("drivers.iscsi.in_guest:refused", {**what, "initiator": "iqn.2026-01.test:stranger"})
     assert (problem["code"], problem["path"]) == (422, "$.initiator"), problem
     by_qemu = initiator.call("drivers.iscsi.in_guest:looked_at", what, "daemon")
     assert (by_qemu["device"][:9], by_qemu["sessions"], by_qemu["left"]) == ("/dev/loop", 0, [])
-    with initiator.expecting():
-        lio.run_multipathd(initiator)
-    both = initiator.call("drivers.iscsi.in_guest:looked_at", what)
-    assert (both["device"], both["observed"], both["sessions"]) == ("/dev/dm-0", "/dev/dm-0", 2)
-    assert (both["ro"], both["left"]) == ("1", [])
+
+
+def a_partition_is_read_on_while_a_portal_is_lost(initiator: Guest, made: dict[str, Any]) -> None:
+    device = initiator.run("findmnt", "-no", "SOURCE", made["mountpoint"]).strip()
+    assert (device[:8], initiator.run("blockdev", "--getro", "/dev/dm-0")) == ("/dev/dm-", "1\n")
+    eventually(lambda: paths(initiator) == "AA", "there are two paths", 60)
+    reader = initiator.start("sh", "-c", READING, device)
+    lio.lose_portal(initiator, lio.PORTALS[0])
+    eventually(lambda: "F" in paths(initiator), "a path has failed", 60)
+    goes_on(initiator)
+    lio.bring_back_portal(initiator, lio.PORTALS[0])
+    eventually(lambda: paths(initiator) == "AA", "the path is back", 60)
+    goes_on(initiator)
+    initiator.kill(reader)
+    initiator.run("rm", "/tmp/reads")
 
 
 # ------------------------------------------------------------------------------------------- through the server

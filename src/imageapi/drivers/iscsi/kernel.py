@@ -19,7 +19,7 @@ from imageapi.drivers.iscsi.login import Refused
 from imageapi.drivers.iscsi.portals import Portal
 from imageapi.drivers.qmp import Deadline
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import blockqueue, iscsi, loop, process, users
+from imageapi.linux import blockqueue, iscsi, process
 from imageapi.linux.iscsi import Session
 from imageapi.records import Key
 from imageapi.spec import Iscsi
@@ -165,19 +165,26 @@ def _check_free(device: str) -> None:
 
     Raises: errors.Conflict.
     """
-    if not holders.until(lambda: loop.is_free(device) and not users.using(device)):
+    if not holders.until(lambda: block.is_free(device)):
         raise block.busy(device)
 
 
 def _flush(key: Key, definition: Iscsi, device: str, site: Site) -> None:
     """Raises: errors.TimedOut when the target is away: a flush would wait in the kernel, where nothing can end it."""
-    if all(session.state == iscsi.FAILED for session in ours(site, key)):
-        raise TimedOut(
-            f"target {definition.target} does not answer, and may not have all that was written: it is detached when "
-            f"the target is back, or when the kernel gives it up, {database.RECOVERY_SECONDS} seconds after it went",
-            path="$.host",
-        )
+    states = {session.state for session in ours(site, key)}
+    if states == {iscsi.FAILED}:
+        raise _away(definition, f"when the kernel gives it up, {database.RECOVERY_SECONDS} seconds after it went")
+    if iscsi.LOGGED_IN not in states and multipath.queues(device):
+        raise _away(definition, f"when multipathd gives it up, which 'dmsetup message {device} 0 fail_if_no_path' does")
     exported.flush(site, key, device, REFUSED)
+
+
+def _away(definition: Iscsi, otherwise: str) -> TimedOut:
+    return TimedOut(
+        f"target {definition.target} does not answer, and may not have all that was written: it is detached when "
+        f"the target is back, or {otherwise}",
+        path="$.host",
+    )
 
 
 def _end(key: Key, site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -33,13 +34,12 @@ def _is_daemon(path: str) -> bool:
 
 
 def await_map(disks: Sequence[str], deadline: Deadline) -> str | None:
-    """The name of the map over all of the disks; None when multipathd does not want them (see its blacklist)."""
+    """The name of the map over all of the disks, or over those that multipathd has come to in time: it adds the others
+    by itself. None when it does not want them (see its blacklist)."""
     patience = Deadline(min(WAIT, deadline.left()))
-    try:
+    with contextlib.suppress(TimeoutError):
         patience.wait(lambda: None not in _maps(disks) and len(_maps(disks)) == 1)
-    except TimeoutError:
-        return None
-    return _maps(disks).pop()
+    return next((each for each in _maps(disks) if each), None)
 
 
 def _maps(disks: Sequence[str]) -> set[str | None]:
@@ -62,9 +62,22 @@ def remove(name: str, deadline: Deadline) -> None:
 
 
 def _flush(name: str, deadline: Deadline) -> str:
-    """One attempt: what multipath says to it."""
+    """One attempt: what multipath says to it. Raises: TimeoutError."""
     time.sleep(min(PAUSE, deadline.left()))
-    done = subprocess.run(
-        ["multipath", "-f", f"/dev/{name}"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT
-    )
+    return _said("multipath", "-f", f"/dev/{name}")
+
+
+def queues(device: str) -> bool:
+    """Whether the device is one that has I/O wait when no path is left, for as long as multipathd thinks right (its
+    no_path_retry). Raises: TimeoutError."""
+    is_map = os.path.isdir(f"/sys/block/{os.path.basename(device)}/dm")
+    return is_map and "queue_if_no_path" in _said("dmsetup", "table", device)
+
+
+def _said(*command: str) -> str:
+    """What a command printed, or complained. Raises: TimeoutError."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} does not come back") from None
     return (done.stderr or done.stdout).strip()
