@@ -17,7 +17,8 @@ import pytest
 from imageapi.config import LOG_LIMIT, Site
 from imageapi.errors import Conflict, NotFound, Problem
 from imageapi.linux import cgroup, pidfd
-from imageapi.runtime import output, protocol
+from imageapi.linux.libc import check, libc
+from imageapi.runtime import container, output, protocol
 from lab.supervised import Supervised, detach, eventually
 
 pytestmark = pytest.mark.kernel
@@ -191,6 +192,32 @@ def test_the_code_of_an_end_that_the_next_supervisor_sees_is_known(supervised: S
     supervised.resume()
     supervised.signal(started, signal.SIGTERM)
     assert supervised.end_of(started).exit_code == 7
+
+
+@pytest.fixture
+def slow_init(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """Who has lost his parent becomes a child of this process, which does not reap it (PR_SET_CHILD_SUBREAPER) before
+    the end of the test: those that the test names here. A supervisor waits for that as long as the test."""
+    monkeypatch.setattr(container, "REAPING", 1000.0)
+    orphans: set[int] = set()
+    check(libc.prctl(36, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
+    yield orphans
+    check(libc.prctl(36, 0, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
+    for pid in orphans:
+        os.waitpid(pid, 0)
+
+
+def test_who_is_killed_for_good_need_not_be_reaped(slow_init: set[int], supervised: Supervised) -> None:
+    """Nobody will ask for its exit code, which only a reaped process has when its parent is gone."""
+    first, second = (supervised.start("/bin/sleep", "1000", container=number) for number in range(2))
+    slow_init |= {supervised.pid, first.pid, second.pid}
+    supervised.kill_supervisor()
+    slow_init.add(supervised.resume())
+    supervised.do(supervised.client.kill(first.id, first.attempt))
+    eventually(lambda: pidfd.start_time(first.pid) is None, "the first has ended")
+    for started in (first, second):
+        supervised.do(supervised.client.kill(started.id, started.attempt, for_good=True))
+        assert supervised.end_of(started).exit_code is None
 
 
 def test_a_full_pipe_waits_for_the_next_supervisor(supervised: Supervised) -> None:

@@ -215,7 +215,7 @@ class Containers:
             return
         run.stop_requested = True
         try:
-            await self._supervisor.kill(record.id, run.attempt)
+            await self._supervisor.kill(record.id, run.attempt, for_good=True)
         except NotFound:  # it has no process any more, and nobody is left to say so
             await self._finish(record, None)
         try:

@@ -198,9 +198,9 @@ class Supervisor:
         """Send the first process a signal; one that has ended needs none. Raises: errors.Problem."""
         await self._call(Signal(container, attempt, number), Done)
 
-    async def kill(self, container: int, attempt: int) -> None:
-        """End all processes; that they have ended is news. Raises: errors.Problem."""
-        await self._call(Kill(container, attempt), Done)
+    async def kill(self, container: int, attempt: int, *, for_good: bool = False) -> None:
+        """End all processes; that they have ended is news. `for_good` as in protocol.Kill. Raises: errors.Problem."""
+        await self._call(Kill(container, attempt, for_good), Done)
 
     async def forget(self, container: int, attempt: int) -> None:
         """Have the record of an end dropped; nothing to drop is no error. Raises: errors.Problem."""
@@ -223,7 +223,7 @@ class Supervisor:
 
     async def _undo(self, container: int, attempt: int) -> None:
         """Ask until it has ended: the news of an end may have gone to a connection that was lost."""
-        await self.kill(container, attempt)
+        await self.kill(container, attempt, for_good=True)
         while True:
             try:
                 await self.forget(container, attempt)

@@ -74,7 +74,7 @@ class Container:
 
     __slots__ = (
         *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
-        *("_log_trouble", "_ours", "_parked", "_unnoted", "entry"),
+        *("_log_trouble", "_ours", "_parked", "_reaping", "_forgotten", "_unnoted", "entry"),
     )
 
     def __init__(self, around: Surroundings, tell: Callable[[Container, Ended | LogTrouble | None], None]) -> None:
@@ -88,7 +88,7 @@ class Container:
         self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
         self._log_trouble = 0
-        self._ours = self._parked = False
+        self._ours = self._parked = self._reaping = self._forgotten = False
         self._unnoted: Timer | None = None
         self.entry: Entry
 
@@ -306,10 +306,14 @@ class Container:
             with contextlib.suppress(ProcessLookupError):
                 pidfd.send_signal(self._pidfd, number)
 
-    def kill(self) -> None:
-        """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one."""
+    def kill(self, *, for_good: bool = False) -> None:
+        """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one. `for_good`: who
+        is no child of ours is not waited for to be reaped, only to learn how it ended; a slow init takes seconds."""
         self._thaw()
         self.signal(signal.SIGKILL)
+        self._forgotten |= for_good
+        if self._forgotten and self._reaping:
+            self._finish(None)
 
     def _thaw(self) -> None:
         if self._around.freezer is None:
@@ -343,7 +347,8 @@ class Container:
             self._finish(self._wait(os.WEXITED | os.WNOWAIT))
             return
         status = pidfd.exit_info(self._pidfd)
-        if status is None and self._parked and self._deadline is None:
+        if status is None and self._parked and not self._forgotten and not self._reaping:
+            self._reaping = True
             self._around.loop.watch_hangup(self._pidfd)
             self._deadline = self._around.loop.after(REAPING, lambda: self._finish(None))
             return

@@ -69,10 +69,12 @@ class Signal(Message, frozen=True):
 
 
 class Kill(Message, frozen=True):
-    """SIGKILL for the first process, and so for all: Done, when it is sent."""
+    """SIGKILL for the first process, and so for all: Done, when it is sent. `for_good`: nobody will ask how it ended,
+    so that its end is told as soon as it has, with an exit code or without."""
 
     id: int
     attempt: int
+    for_good: bool = False
 
 
 class Forget(Message, frozen=True):

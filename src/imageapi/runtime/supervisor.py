@@ -373,7 +373,7 @@ class Supervisor:
         return Done()
 
     def _kill(self, order: Kill) -> Answer:
-        self._living(order).kill()
+        self._living(order).kill(for_good=order.for_good)
         return Done()
 
     def _living(self, order: Signal | Kill) -> Container:
