@@ -63,9 +63,10 @@ class Host:
         return mountinfo.stacked(self._at.get(place, ()))
 
     def is_local(self, path: str) -> bool:
-        """Whether a file, whose path goes over no symbolic link, can be looked at without waiting for another host."""
+        """Whether a file, whose path goes over no symbolic link, can be looked at without waiting for another host. It
+        may be a mount itself: what a storage daemon exports is."""
         with contextlib.suppress(ValueError):
-            return self._fstype(os.path.dirname(path)) in LOCAL
+            return self._fstype(path if path in self._at else os.path.dirname(path)) in LOCAL
         return False
 
     def watch(self, path: str, mask: int) -> None:

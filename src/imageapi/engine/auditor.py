@@ -41,9 +41,9 @@ class Auditor:
         self._told: dict[Key, str] = {}
         """What was last said of each object, so that it can be taken back."""
 
-    async def follow(self, watch: Watch) -> None:
-        """Look whenever the host has changed, for ever."""
-        pause = SETTLE
+    async def follow(self, watch: Watch, *, looked: bool) -> None:
+        """Look whenever the host has changed, for ever. The first look may have been `looked` already."""
+        pause = SETTLE if looked else await self._look_at_last(watch)
         while True:
             await watch.changed()
             await asyncio.sleep(pause)
@@ -57,12 +57,14 @@ class Auditor:
                 return max(SETTLE, SHARE * (time.monotonic() - begun))
             await asyncio.sleep(AGAIN)
 
-    async def look(self, watch: Watch | None) -> bool:
-        """Compare all records with the host, and say what is wrong; whether that could be done."""
+    async def look(self, watch: Watch | None, patience: float | None = None) -> bool:
+        """Compare all records with the host, and say what is wrong; whether that could be done, within `patience`
+        seconds where that is less than an operation's time."""
         if watch is not None:
             watch.arm()
         try:
-            seen: Look = await self._jobs.run(APART, Job("audit", self._boot_id, watch.instance if watch else -1))
+            job = Job("audit", self._boot_id, watch.instance if watch else -1)
+            seen: Look = await self._jobs.run(APART, job, patience)
         except Problem as problem:
             log.error("what has become of the objects could not be looked at: %s", problem.message)
             return False

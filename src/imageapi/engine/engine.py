@@ -47,15 +47,15 @@ class Engine:
         )
         self._auditor = Auditor(self._ledger, self._jobs, boot_id)
         self._reconciler = Reconciler(
-            self._ledger, store, self._jobs, self._containers, self._collector, self._auditor, boot_id
+            self._ledger, store, self._jobs, self._containers, self._collector, self._auditor, self._tasks, boot_id
         )
 
     async def start(self, watch: Watch | None = None) -> None:
         """Make records and kernel agree, and go on where the last server stopped. From now on `watch` tells when they
         may have come to disagree again."""
-        await self._reconciler.reconcile(watch)
+        looked = await self._reconciler.reconcile(watch)
         if watch is not None:
-            self._tasks.linger(self._auditor.follow(watch))
+            self._tasks.linger(self._auditor.follow(watch, looked=looked))
 
     async def stop(self) -> None:
         """Let what is under way end; containers run on."""

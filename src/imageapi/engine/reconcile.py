@@ -6,6 +6,7 @@ has no record is removed.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 
@@ -16,6 +17,7 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.pool import Job
+from imageapi.engine.tasks import Tasks
 from imageapi.engine.watch import Watch
 from imageapi.errors import Problem
 from imageapi.records import AnyRecord, Phase
@@ -23,6 +25,9 @@ from imageapi.spec import Container
 from imageapi.store import Store
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 2.0
+"""Seconds that a start waits for what a dead store may hold up."""
 
 
 class Reconciler:
@@ -36,6 +41,7 @@ class Reconciler:
         containers: Containers,
         collector: Collector,
         auditor: Auditor,
+        tasks: Tasks,
         boot_id: str,
     ) -> None:
         self._ledger = ledger
@@ -45,17 +51,20 @@ class Reconciler:
         self._containers = containers
         self._collector = collector
         self._auditor = auditor
+        self._tasks = tasks
         self._boot_id = boot_id
 
-    async def reconcile(self, watch: Watch | None) -> None:
-        """Returns when every record says what is so; what must still be undone is under way."""
+    async def reconcile(self, watch: Watch | None) -> bool:
+        """Returns when every record says what is so; what must still be undone, and a store does not let go of now, is
+        under way. Whether all could be looked at."""
         self._load()
         with contextlib.suppress(OSError):
             self._ledger.write_counters()  # over these it takes no room
         await self._containers.connect()
-        await self._auditor.look(watch)
-        await self._collect()
+        looked = await self._auditor.look(watch, PATIENCE)
+        await asyncio.wait({self._tasks.linger(self._collect())}, timeout=PATIENCE)
         await self._sweep()
+        return looked
 
     def _load(self) -> None:
         """Enter all records. Those of an earlier boot have nothing in the kernel: they are only undone, since their
@@ -97,7 +106,7 @@ class Reconciler:
         keys = {record.key for record in records}
         tokens = {record.token for record in records}
         try:
-            removed = await self._jobs.run(LOCAL_STORE, Job("sweep", keys, tokens))
+            removed = await self._jobs.run(LOCAL_STORE, Job("sweep", keys, tokens), PATIENCE)
         except Problem as problem:
             log.error("what is left without a record is not swept: %s", problem.message)
             return

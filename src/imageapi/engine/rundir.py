@@ -19,7 +19,7 @@ from imageapi.linux import inotify, whole
 
 log = logging.getLogger(__name__)
 
-WORKERS_PATIENCE = 5.0
+WORKERS_PATIENCE = 1.0
 """How long, in seconds, a start waits for a killed server's workers. One that hangs in the kernel is not waited for:
 what it was making is found by its record."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from imageapi.config import Site
-from imageapi.drivers import block, exported, storage_daemon
+from imageapi.drivers import block, exported, progress, storage_daemon
 from imageapi.errors import Problem
 from imageapi.linux import iscsi, mountinfo
 from imageapi.linux.tree import remove_tree
@@ -91,7 +91,11 @@ def _abandon(key: Key, site: Site, _: str) -> None:
 
 
 def _attempt(remove: Callable[[str], None], what: str) -> list[str]:
-    """`what`, if it could be removed, as a list of one or none."""
+    """`what`, if it could be removed, as a list of one or none.
+
+    Raises: LeftOff, when the server has ceased to wait: by now it may have something of its own there.
+    """
+    progress.tell(f"removing {what}")
     with contextlib.suppress(FileNotFoundError):
         try:
             remove(what)

@@ -28,11 +28,12 @@ class Tasks:
         task.add_done_callback(self._ended)
         return task
 
-    def linger(self, work: Coroutine[Any, Any, None]) -> None:
+    def linger(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start `work` that is cut short at the end, since the next start takes it up from the records."""
         task = self.spawn(work)
         self._lingering.add(task)
         task.add_done_callback(self._lingering.discard)
+        return task
 
     async def through(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which goes on to its end even when the caller is cancelled."""

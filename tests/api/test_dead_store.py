@@ -1,0 +1,77 @@
+"""A store that hangs while the server ends and starts: it costs nobody but who needs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.fuse import Shown, shown
+from lab.server import FOREVER, Server, box, eventually, image, running
+
+pytestmark = pytest.mark.api
+
+AT_ONCE = 5.0
+"""Seconds for what does not wait for a store; an operation that does is given up after 25."""
+
+
+@pytest.fixture
+def dying(tmp_path: Path) -> Iterator[Shown]:
+    """An image of a store that a test may have hang."""
+    with shown(tmp_path) as image:
+        yield image
+
+
+@pytest.fixture
+def server(run_dir: Path, dying: Shown) -> Iterator[Server]:
+    with running(run_dir, "--operation-timeout", "25s", "--cleanup-timeout", "1s") as server:
+        yield server
+        dying.work()
+
+
+def on(path: Path, name: str) -> dict[str, Any]:
+    lower = {"kind": "loopback", "loopback": {"fs_type": "squashfs", "loopback": image(path=str(path))}}
+    return {"mount": {"kind": "overlay", "overlay": {"lower": [lower]}}, "command": FOREVER, "name": name}
+
+
+def at_once(what: Callable[[], object]) -> None:
+    begun = time.monotonic()
+    what()
+    assert time.monotonic() - begun < AT_ONCE
+
+
+@pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["stopped", "killed"])
+def test_a_server_starts_though_a_store_hangs(server: Server, dying: Shown, end: Callable[[Server], None]) -> None:
+    """All its objects are there, those on other stores can be made and deleted; and it ends again."""
+    server.post("/container", on(dying.path, "there") | {"state": "running"})
+    server.post("/container", box(FOREVER, name="here"))
+    before = server.everything()
+    dying.hang()
+    for _ in range(2):
+        at_once(lambda: end(server))
+        at_once(server.start)
+        assert server.everything() == before
+    at_once(lambda: server.delete(f"/container/{server.post('/container', box(FOREVER))['id']}?force=true"))
+    at_once(lambda: server.delete("/container/byname/here?force=true"))
+
+
+@pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["stopped", "killed"])
+def test_what_hangs_in_its_making_holds_up_neither_the_end_nor_the_next_start(
+    server: Server, dying: Shown, end: Callable[[Server], None]
+) -> None:
+    dying.hang()
+    time.sleep(1.1)  # the kernel trusts for a second what it has been told of the file
+    client = server.client()
+    client.timeout = 1
+    with pytest.raises(Exception, match="timed out"):
+        client.post("/attach/loopback", json=image(path=str(dying.path)))
+    client.close()
+    at_once(lambda: end(server))
+    at_once(server.start)
+    server.post("/container", box(FOREVER, name="here"))
+    dying.work()
+    server.delete("/container/byname/here?force=true")
+    eventually(lambda: server.everything() == [], "nothing is left of what hung")
