@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import termios
 from collections.abc import Callable, Collection
 
 from imageapi.linux import whole
@@ -70,7 +72,7 @@ class Place:
 
 
 class Copier:
-    """Copies what a container prints from `end`, our end of its FIFO, to its log.
+    """Moves what a container prints from `end`, our end of its FIFO, to its log.
 
     What the log does not take is lost, since a full disk must not stop the container: the log tells of it, as `who`,
     once it takes something again. `on_trouble` is called with the errno when that begins, and with 0 when it is over.
@@ -91,36 +93,47 @@ class Copier:
         """The log has not taken something already, for this errno."""
         self._trouble = trouble
 
-    def copy(self) -> bool:
-        """Copy what is there, one chunk at most; whether there was anything."""
+    def copy(self) -> None:
+        """Move what is there, one chunk at most. splice(2) takes from the pipe what it has written and nothing else: a
+        supervisor that is killed over it neither loses nor repeats any."""
         try:
-            data = os.read(self.end, CHUNK)
+            self._move()
         except BlockingIOError:
-            return False
-        self._keep(data)
-        return bool(data)
+            pass
+        except OSError as error:
+            self._lose(error.errno or errno.EIO)
+        else:
+            self._say(0)
 
     def drain(self) -> None:
-        """Copy all that is left of a container whose processes have ended."""
-        while self.copy():
-            pass
+        """Move all that is left of a container whose processes have ended."""
+        while any(fcntl.ioctl(self.end, termios.FIONREAD, bytes(4))):
+            self.copy()
         with contextlib.suppress(OSError):
             self._put_aside(os.stat(self._logfile, dir_fd=self._place.directory).st_size)
 
-    def _keep(self, data: bytes) -> None:
+    def _move(self) -> None:
+        """To the end of the log: nobody else writes while a container runs, and splice(2) takes no file that is open
+        for appending. Raises: BlockingIOError, when there is nothing; OSError of the log."""
+        log = os.open(self._logfile, logs.FLAGS & ~os.O_APPEND, logs.MODE, dir_fd=self._place.directory)
         try:
-            self._write(self._told_loss() + data)
-        except OSError as error:
-            self._lost += len(data)
-            self._say(error.errno or errno.EIO)
-        else:
-            self._lost = 0
-            self._say(0)
+            os.lseek(log, 0, os.SEEK_END)
+            if self._lost:
+                whole.write_all(log, self._told_loss())
+                self._lost = 0
+            os.splice(self.end, log, CHUNK)
+            size = os.fstat(log).st_size
+        finally:
+            os.close(log)
+        self._put_aside(size)
+
+    def _lose(self, trouble: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._lost += len(os.read(self.end, CHUNK))
+        self._say(trouble)
 
     def _told_loss(self) -> bytes:
         """What the log must say first."""
-        if not self._lost:
-            return b""
         why = os.strerror(self._trouble)
         return logs.lines(self._who, [f"{self._lost} bytes that it printed here are lost: {why}"])
 
@@ -128,15 +141,6 @@ class Copier:
         if trouble != self._trouble:
             self._trouble = trouble
             self._on_trouble(trouble)
-
-    def _write(self, data: bytes) -> None:
-        log = logs.open_log(self._logfile, self._place.directory)
-        try:
-            whole.write_all(log, data)
-            size = os.fstat(log).st_size
-        finally:
-            os.close(log)
-        self._put_aside(size)
 
     def _put_aside(self, size: int) -> None:
         if size >= self._place.limit:
