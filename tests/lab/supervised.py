@@ -188,6 +188,13 @@ class Supervised:
         while self.client.pid in (None, pid):
             await asyncio.sleep(0.002)
 
+    def reconnect(self) -> None:
+        """Be the next server: another client, which finds the supervisor there. Raises: errors.Problem."""
+        self.client.close()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self.client = Supervisor(self.site, launch=lambda: detach(self.site), on_ended=self.news.append)
+        self.lives = self.do(self.client.connect())
+
     def children(self) -> list[int]:
         """The supervisor's children: each running container's first process, and the child in waiting."""
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]

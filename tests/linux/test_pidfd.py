@@ -42,6 +42,43 @@ def test_a_zombie_has_no_start_time(sleeper: subprocess.Popen[bytes]) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("script", ["exit 42", "kill -9 $$"])
+def test_an_end_is_known_before_it_is_reaped(script: str) -> None:
+    process = subprocess.Popen(["sh", "-c", f"read line; {script}"], stdin=subprocess.PIPE)
+    descriptor, began = pidfd.pidfd_open(process.pid), pidfd.start_time(process.pid)
+    assert began is not None
+    assert pidfd.zombie_status(process.pid, began) is None
+    assert pidfd.is_child(descriptor)
+    assert process.stdin is not None
+    process.stdin.close()
+    await_end(descriptor)
+    status = pidfd.zombie_status(process.pid, began)
+    assert pidfd.zombie_status(process.pid, began - 1) is None
+    assert pidfd.is_child(descriptor)
+    assert status is not None
+    assert os.waitstatus_to_exitcode(status) == process.wait()
+    assert pidfd.zombie_status(process.pid, began) is None
+    assert not pidfd.is_child(descriptor)
+    os.close(descriptor)
+
+
+def test_an_end_that_may_not_be_known_is_not_guessed() -> None:
+    """The kernel shows another user a status of 0."""
+    process = subprocess.Popen(["sh", "-c", "exit 42"])
+    descriptor = pidfd.pidfd_open(process.pid)
+    await_end(descriptor)
+    found = pidfd.look(process.pid)
+    assert found is not None
+    ask = (
+        f"import os; from imageapi.linux import pidfd; os.setuid(65534); "
+        f"print(pidfd.look({process.pid}).status, pidfd.zombie_status({process.pid}, {found.began}))"
+    )
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert (found.status, told.stdout.split()) == (42 << 8, ["0", "None"])
+    process.wait()
+    os.close(descriptor)
+
+
 def test_an_end_is_known_once_it_is_reaped() -> None:
     process = subprocess.Popen(["sh", "-c", "exit 42"])
     descriptor = pidfd.pidfd_open(process.pid)

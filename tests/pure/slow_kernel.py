@@ -103,7 +103,7 @@ class Supervisor:
         self._call("start", order.id, order.attempt)
         return Started(order.id, order.attempt, os.getpid(), 0)
 
-    async def kill(self, container: int, attempt: int, *, for_good: bool = False) -> None:
+    async def kill(self, container: int, attempt: int) -> None:
         self._call("kill", container, attempt)
         if self.lost:
             raise NotFound(f"container {container} has no start {attempt}")

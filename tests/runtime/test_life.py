@@ -16,13 +16,13 @@ import pytest
 
 from imageapi.config import LOG_LIMIT, Site
 from imageapi.errors import Conflict, NotFound, Problem
-from imageapi.linux import cgroup, pidfd
-from imageapi.linux.libc import check, libc
-from imageapi.runtime import container, output, protocol
+from imageapi.linux import cgroup, libc, pidfd
+from imageapi.runtime import output, protocol
 from lab.supervised import Supervised, detach, eventually
 
 pytestmark = pytest.mark.kernel
 
+PR_SET_CHILD_SUBREAPER = 36
 CATCHER = "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.01; done"
 
 
@@ -195,29 +195,29 @@ def test_the_code_of_an_end_that_the_next_supervisor_sees_is_known(supervised: S
 
 
 @pytest.fixture
-def slow_init(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """Who has lost his parent becomes a child of this process, which does not reap it (PR_SET_CHILD_SUBREAPER) before
-    the end of the test: those that the test names here. A supervisor waits for that as long as the test."""
-    monkeypatch.setattr(container, "REAPING", 1000.0)
-    orphans: set[int] = set()
-    check(libc.prctl(36, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
-    yield orphans
-    check(libc.prctl(36, 0, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
-    for pid in orphans:
-        os.waitpid(pid, 0)
+def reaper() -> Iterator[None]:
+    """This process is the parent of what loses its own, and waits for none of it."""
+    libc.check(libc.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    yield
+    libc.check(libc.libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0))
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
-def test_who_is_killed_for_good_need_not_be_reaped(slow_init: set[int], supervised: Supervised) -> None:
-    """Nobody will ask for its exit code, which only a reaped process has when its parent is gone."""
-    first, second = (supervised.start("/bin/sleep", "1000", container=number) for number in range(2))
-    slow_init |= {supervised.pid, first.pid, second.pid}
+def test_the_code_of_an_end_is_known_before_it_is_reaped(supervised: Supervised, reaper: None) -> None:
+    """A host's init may take its time."""
     supervised.kill_supervisor()
-    slow_init.add(supervised.resume())
-    supervised.do(supervised.client.kill(first.id, first.attempt))
-    eventually(lambda: pidfd.start_time(first.pid) is None, "the first has ended")
-    for started in (first, second):
-        supervised.do(supervised.client.kill(started.id, started.attempt, for_good=True))
-        assert supervised.end_of(started).exit_code is None
+    supervised.resume()
+    started = supervised.shell(CATCHER)
+    await_line(supervised, "ready")
+    supervised.kill_supervisor()
+    supervised.resume()
+    supervised.signal(started, signal.SIGTERM)
+    assert supervised.end_of(started).exit_code == 7
+    found = pidfd.look(started.pid)
+    assert found is not None
+    assert found.ended
 
 
 def test_a_full_pipe_waits_for_the_next_supervisor(supervised: Supervised) -> None:

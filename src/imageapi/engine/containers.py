@@ -70,7 +70,9 @@ class Containers:
         lives = {Key("container", life.id): life for life in await self._supervisor.connect()}
         for key, life in lives.items():
             record = self._graph.find(key)
-            if record is None or not self._adopt(record, life):
+            if life.starting:
+                self._give_up_start(life.id, life.attempt)
+            elif record is None or not self._adopt(record, life):
                 await self._dismiss(life)
         for record in self._graph.all("container"):
             if self.active(record) and record.key not in lives:
@@ -215,7 +217,7 @@ class Containers:
             return
         run.stop_requested = True
         try:
-            await self._supervisor.kill(record.id, run.attempt, for_good=True)
+            await self._supervisor.kill(record.id, run.attempt)
         except NotFound:  # it has no process any more, and nobody is left to say so
             await self._finish(record, None)
         try:
@@ -250,8 +252,7 @@ class Containers:
             run.state, run.finished_at = "dead", now()
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
             if isinstance(problem, TimedOut):
-                self._late.add((record.id, run.attempt))
-                self._tasks.spawn(self._abandon(record.id, run.attempt))
+                self._give_up_start(record.id, run.attempt)
             raise
         else:
             run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
@@ -263,8 +264,13 @@ class Containers:
             if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
                 self._tasks.spawn(self._finish(record, ended.exit_code))
 
+    def _give_up_start(self, container: int, attempt: int) -> None:
+        """A start that nobody waits for any more is undone; until then its container is not deleted."""
+        self._late.add((container, attempt))
+        self._tasks.spawn(self._abandon(container, attempt))
+
     async def _abandon(self, container: int, attempt: int) -> None:
-        """End what may still come of a start that nobody waits for any more: a supervisor that hung does it late."""
+        """End what may still come of a start: a supervisor that hung does it late."""
         while True:
             try:
                 await self._supervisor.undo(container, attempt, self._operation_timeout)

@@ -119,7 +119,7 @@ def _fork_supervisor(site: Site) -> None:
 
     def live() -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        process.name("imageapi-super")
+        process.name(supervisor.NAME)
         supervisor.run(site)
 
     with contextlib.suppress(OSError):  # no process is left; the server asks again, until it gives up

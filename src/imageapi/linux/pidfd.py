@@ -15,6 +15,7 @@ import functools
 import os
 import signal
 import sys
+from typing import NamedTuple
 
 from imageapi.linux.libc import AT_EMPTY_PATH, AT_FDCWD, SYS_rt_sigtimedwait
 from imageapi.linux.mount import MOVE_MOUNT_F_EMPTY_PATH, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE, move_mount, open_tree
@@ -47,14 +48,47 @@ def send_signal(pidfd: int, number: int) -> None:
     signal.pidfd_send_signal(pidfd, number)
 
 
-def start_time(pid: int) -> int | None:
-    """When the process began, in clock ticks since the boot; None when it has ended (a zombie has, too)."""
+class Stat(NamedTuple):
+    """A process as /proc shows it: its state, one letter; when it began, in clock ticks since the boot; and its wait
+    status, if it has ended."""
+
+    state: str
+    began: int
+    status: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has; nobody may have reaped it yet (a zombie)."""
+        return self.state in "ZX"
+
+
+def look(pid: int) -> Stat | None:
+    """The process `pid`; None when there is none. The status reads 0 where this process may not know it (see
+    `zombie_status`)."""
     try:
         line = _read(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = line[line.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    return None if fields[0] in b"ZX" else int(fields[19])
+    return Stat(fields[0].decode(), int(fields[19]), int(fields[49]))
+
+
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since the boot; None when it has ended (a zombie has, too)."""
+    found = look(pid)
+    return None if found is None or found.ended else found.began
+
+
+def zombie_status(pid: int, began: int) -> int | None:
+    """The wait status (wait(2)) of the process that began then, has ended, and has not been reaped by its parent yet;
+    None when it is not there, and where the kernel does not let us know: it does so for whom it lets look at the
+    process's namespaces, and says 0 to others (proc_pid_stat(5), exit_code)."""
+    try:
+        os.readlink(f"/proc/{pid}/ns/user")
+    except OSError:
+        return None
+    found = look(pid)
+    return found.status if found is not None and found.ended and found.began == began else None
 
 
 def _read(path: str) -> bytes:
@@ -77,6 +111,15 @@ def exit_info(pidfd: int) -> int | None:
             return None
         raise
     return info.exit_code if info.mask & PIDFD_INFO_EXIT else None
+
+
+def is_child(pidfd: int) -> bool:
+    """Whether the process is a child of ours that nobody has waited for yet, be it alive or not."""
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def inode(pidfd: int) -> int | None:

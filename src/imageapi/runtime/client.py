@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.runtime import protocol
+from imageapi.runtime import protocol, successor
 from imageapi.runtime.protocol import (
     Answer,
     Call,
@@ -198,9 +198,9 @@ class Supervisor:
         """Send the first process a signal; one that has ended needs none. Raises: errors.Problem."""
         await self._call(Signal(container, attempt, number), Done)
 
-    async def kill(self, container: int, attempt: int, *, for_good: bool = False) -> None:
-        """End all processes; that they have ended is news. `for_good` as in protocol.Kill. Raises: errors.Problem."""
-        await self._call(Kill(container, attempt, for_good), Done)
+    async def kill(self, container: int, attempt: int) -> None:
+        """End all processes; that they have ended is news. Raises: errors.Problem."""
+        await self._call(Kill(container, attempt), Done)
 
     async def forget(self, container: int, attempt: int) -> None:
         """Have the record of an end dropped; nothing to drop is no error. Raises: errors.Problem."""
@@ -223,7 +223,7 @@ class Supervisor:
 
     async def _undo(self, container: int, attempt: int) -> None:
         """Ask until it has ended: the news of an end may have gone to a connection that was lost."""
-        await self.kill(container, attempt, for_good=True)
+        await self.kill(container, attempt)
         while True:
             try:
                 await self.forget(container, attempt)
@@ -285,14 +285,46 @@ class Supervisor:
         return task
 
     async def _connect(self) -> _Connection:
-        channel = await self._find()
-        connection = _Connection(channel, self._hear, self._lost)
+        """A connection with a supervisor of this package; one of another is upgraded first.
+
+        Raises: errors.Problem, when it cannot be; _Lost.
+        """
+        connection, welcome = await self._greet()
+        if not _is_ours(welcome):
+            await self._upgrade(connection)
+            connection, after = await self._greet()
+            if not _is_ours(after):
+                connection.close()
+                raise errors.Unsupported(_stubborn(after))
+            log.info("the supervisor %d was of release %s, and has been upgraded", after.pid, welcome.release)
+            welcome = after
+        self.pid = welcome.pid
+        return connection
+
+    async def _greet(self) -> tuple[_Connection, Welcome]:
+        connection = _Connection(await self._find(), self._hear, self._lost)
         try:
-            self.pid = _expect(await connection.ask(Hello(log_limit=self._site.log_limit)), Welcome).pid
+            hello = Hello(log_limit=self._site.log_limit)
+            return connection, _expect(await connection.ask(hello), Welcome)
         except BaseException:
             connection.close()
             raise
-        return connection
+
+    async def _upgrade(self, connection: _Connection) -> None:
+        """Have the supervisor become one of this package; it hangs up when it does. Containers that it is just
+        starting are waited for.
+
+        Raises: errors.Problem.
+        """
+        try:
+            while True:
+                with contextlib.suppress(errors.Conflict):
+                    _expect(await connection.ask(successor.order(self._site)), Done)
+                await asyncio.sleep(PAUSE)
+        except _Lost:
+            return
+        finally:
+            connection.close()
 
     async def _find(self) -> socket.socket:
         """The supervisor's end, once it listens; it is launched until it does."""
@@ -366,6 +398,17 @@ def _descriptors(*paths: str) -> Iterator[Sequence[int]]:
     finally:
         for descriptor in opened:
             os.close(descriptor)
+
+
+def _is_ours(welcome: Welcome) -> bool:
+    return (welcome.version, welcome.release) == (protocol.VERSION, protocol.RELEASE)
+
+
+def _stubborn(welcome: Welcome) -> str:
+    return (
+        f"the supervisor of this run directory is of release {welcome.release} and this server of {protocol.RELEASE}, "
+        f"and it could not be upgraded; kill it, process {welcome.pid}: the server's own takes up its containers"
+    )
 
 
 def _expect(answer: Answer, kind: type[A]) -> A:

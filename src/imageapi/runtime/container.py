@@ -26,8 +26,6 @@ from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop, Timer
 from imageapi.runtime.protocol import Answer, Ended, Failed, Life, LogTrouble, Start, Started, encode
 
-REAPING = 10.0
-"""Seconds that the end of a process which is not our child may stay unreaped, until its exit code is given up."""
 EBUSY_PAUSE, EBUSY_TRIES = 0.02, 100
 """A cgroup is busy until the kernel is done with its last process: seconds between tries, and how many."""
 NOTE_AGAIN = 0.5
@@ -52,10 +50,20 @@ class Surroundings(NamedTuple):
 
     def sweep_groups(self, used: Collection[str]) -> None:
         """Remove the cgroups of lives that are not known: their supervisor died before it could note them."""
-        for hierarchy, directory in self.hierarchies:
-            for name in cgroup.groups(directory):
-                if name.startswith(group_name(self.mark_prefix)) and f"{hierarchy.directory}/{name}" not in used:
-                    cgroup.remove(directory, name)
+        strays = [
+            f"{hierarchy.directory}/{name}"
+            for hierarchy, directory in self.hierarchies
+            for name in cgroup.groups(directory)
+            if name.startswith(group_name(self.mark_prefix))
+        ]
+        self.remove_groups([path for path in strays if path not in used])
+
+    def remove_groups(self, paths: Sequence[str], tries: int = EBUSY_TRIES) -> None:
+        """Remove cgroups whose processes have ended."""
+        with self.keep.outside():
+            busy = [path for path in paths if not _remove_group(path)]
+        if busy and tries:
+            self.loop.after(EBUSY_PAUSE, lambda: self.remove_groups(busy, tries - 1))
 
     def uuid(self, container: int) -> str:
         """An id that no other container has, on any host, and this one has until the next boot."""
@@ -74,7 +82,7 @@ class Container:
 
     __slots__ = (
         *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
-        *("_log_trouble", "_ours", "_parked", "_reaping", "_forgotten", "_unnoted", "entry"),
+        *("_log_trouble", "_ours", "_parked", "_unnoted", "entry"),
     )
 
     def __init__(self, around: Surroundings, tell: Callable[[Container, Ended | LogTrouble | None], None]) -> None:
@@ -88,7 +96,7 @@ class Container:
         self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
         self._log_trouble = 0
-        self._ours = self._parked = self._reaping = self._forgotten = False
+        self._ours = self._parked = False
         self._unnoted: Timer | None = None
         self.entry: Entry
 
@@ -100,6 +108,15 @@ class Container:
     def open(self) -> bool:
         """Whether it lives, or its end is not on disk yet."""
         return self.life.running or self._unnoted is not None
+
+    @property
+    def starting(self) -> bool:
+        """Whether somebody still waits to hear that the command was executed, or was not."""
+        return self._answer is not None
+
+    def told(self) -> Life:
+        """The life as it is told to who asks what there is."""
+        return msgspec.structs.replace(self.life, starting=True) if self.starting else self.life
 
     # -------------------------------------------------------------------------------------------------- a start
 
@@ -276,6 +293,7 @@ class Container:
         """Take up a life that another supervisor began; it may have ended since."""
         self.entry = entry
         if not entry.life.running:
+            self._around.remove_groups(entry.groups)
             return
         found = self._around.keep.parked(entry.name)
         self._parked = found is not None
@@ -284,7 +302,7 @@ class Container:
         if found is None:
             self._finish(None)
             return
-        self._pidfd = found
+        self._pidfd, self._ours = found, pidfd.is_child(found)
         self._reopen()
         self._watch()
         self._parked = self._parked or self._around.keep.park(found, entry.name)
@@ -306,14 +324,10 @@ class Container:
             with contextlib.suppress(ProcessLookupError):
                 pidfd.send_signal(self._pidfd, number)
 
-    def kill(self, *, for_good: bool = False) -> None:
-        """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one. `for_good`: who
-        is no child of ours is not waited for to be reaped, only to learn how it ended; a slow init takes seconds."""
+    def kill(self) -> None:
+        """SIGKILL for the first process: the kernel ends all others with it. It reaches no frozen one."""
         self._thaw()
         self.signal(signal.SIGKILL)
-        self._forgotten |= for_good
-        if self._forgotten and self._reaping:
-            self._finish(None)
 
     def _thaw(self) -> None:
         if self._around.freezer is None:
@@ -346,12 +360,9 @@ class Container:
         if self._ours:
             self._finish(self._wait(os.WEXITED | os.WNOWAIT))
             return
-        status = pidfd.exit_info(self._pidfd)
-        if status is None and self._parked and not self._forgotten and not self._reaping:
-            self._reaping = True
-            self._around.loop.watch_hangup(self._pidfd)
-            self._deadline = self._around.loop.after(REAPING, lambda: self._finish(None))
-            return
+        status = pidfd.zombie_status(self.life.pid, self.entry.born)
+        if status is None:
+            status = pidfd.exit_info(self._pidfd)  # whoever is its parent has reaped it
         self._finish(None if status is None else _exit_code(status))
 
     def _wait(self, options: int) -> int:
@@ -432,13 +443,7 @@ class Container:
             self._notify = None
         if self.entry.groups:
             around.keep.drop_host(self.entry.name)
-            self._remove_groups(EBUSY_TRIES)
-
-    def _remove_groups(self, tries: int) -> None:
-        with self._around.keep.outside():
-            busy = [path for path in self.entry.groups if not _remove_group(path)]
-        if busy and tries:
-            self._around.loop.after(EBUSY_PAUSE, lambda: self._remove_groups(tries - 1))
+            around.remove_groups(self.entry.groups)
 
 
 def _ordered(child: Child, orders: init.Orders, *descriptors: int) -> Child:
@@ -461,12 +466,13 @@ def _remove_group(path: str) -> bool:
 
 
 def _open_same(entry: Entry) -> int | None:
-    """The pidfd of the very process an entry is about; None when that has ended."""
+    """The pidfd of the very process an entry is about; None when that has ended and been reaped."""
     try:
         found = pidfd.pidfd_open(entry.life.pid)
     except ProcessLookupError:
         return None
-    if pidfd.start_time(entry.life.pid) == entry.born and pidfd.inode(found) == entry.inode:
+    process = pidfd.look(entry.life.pid)
+    if process is not None and process.began == entry.born and pidfd.inode(found) == entry.inode:
         return found
     os.close(found)
     return None

@@ -44,10 +44,6 @@ class Loop:
         self._epoll.register(descriptor, select.EPOLLIN)
         self._handlers[descriptor] = handler
 
-    def watch_hangup(self, descriptor: int) -> None:
-        """From now on call the handler of a watched descriptor only at EPOLLHUP."""
-        self._epoll.modify(descriptor, 0)
-
     def unwatch(self, descriptor: int) -> None:
         """To be called before the descriptor is closed; one that is not watched is no error."""
         if self._handlers.pop(descriptor, None) is not None:

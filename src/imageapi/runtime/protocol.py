@@ -1,8 +1,10 @@
 """What the server and the supervisor say to each other: JSON, one message a packet of a SOCK_SEQPACKET socket.
 
 The server sends a `Call` and gets a `Reply` of the same number; a `Reply` numbered 0 is news that nobody asked for.
-The first call is `Hello`, and the two must speak one version. With a `Start` come two descriptors: of the mount
-namespace that the server works in, and of the directory there in which the root is mounted.
+The first call is `Hello`; where the answer is of another version or release, the second is `Upgrade`, and nothing else
+is said. These two, `Welcome` and `Failed` are understood by all versions: they may be given more fields, with defaults.
+With a `Start` come two descriptors: of the mount namespace that the server works in, and of the directory there
+in which the root is mounted.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from typing import Any
 
 import msgspec
 
+from imageapi import __version__
 from imageapi.config import LOG_LIMIT
 
-VERSION = 2
+VERSION = 3
+"""Of all other messages."""
+RELEASE = __version__
+"""Of the package: one supervisor's code is as new as its server's."""
 MESSAGE = 192 << 10
 """The largest packet in bytes; a socket's buffer, 208 KiB by default, must hold it."""
 PAGE = 500
@@ -30,10 +36,21 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Hello(Message, frozen=True):
-    """Answered by Welcome. A container's log that has grown to `log_limit` bytes is put aside from now on."""
+    """Answered by Welcome, whatever the version. A container's log that has grown to `log_limit` bytes is put aside
+    from now on."""
 
     version: int = VERSION
     log_limit: int = LOG_LIMIT
+
+
+class Upgrade(Message, frozen=True):
+    """Execute the program `argv`, in the host's mount namespace, with two more arguments: the descriptors of the
+    supervisor's lock and of its listening socket. There is no answer, but the end of the connection; it is refused
+    while a container is being started.
+    """
+
+    argv: list[str]
+    environment: dict[str, str]
 
 
 class Start(Message, frozen=True, kw_only=True):
@@ -69,12 +86,10 @@ class Signal(Message, frozen=True):
 
 
 class Kill(Message, frozen=True):
-    """SIGKILL for the first process, and so for all: Done, when it is sent. `for_good`: nobody will ask how it ended,
-    so that its end is told as soon as it has, with an exit code or without."""
+    """SIGKILL for the first process, and so for all: Done, when it is sent."""
 
     id: int
     attempt: int
-    for_good: bool = False
 
 
 class Forget(Message, frozen=True):
@@ -97,7 +112,7 @@ class Quit(Message, frozen=True):
 class Life(msgspec.Struct, frozen=True, kw_only=True):
     """One start of a container. `start_time` is when it was made, in clock ticks since the boot: its process, which
     waited for it, may be older. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
-    `finished_at` is RFC 3339 in UTC."""
+    `finished_at` is RFC 3339 in UTC. `starting`, of a list: it has not executed its command, and may fail to."""
 
     id: int
     attempt: int
@@ -106,6 +121,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     running: bool = True
     exit_code: int | None = None
     finished_at: str | None = None
+    starting: bool = False
 
 
 class Welcome(Message, frozen=True):
@@ -113,6 +129,7 @@ class Welcome(Message, frozen=True):
 
     version: int
     pid: int
+    release: str = ""
 
 
 class Started(Message, frozen=True):
@@ -160,7 +177,7 @@ class LogTrouble(Message, frozen=True):
     errno: int
 
 
-Request = Hello | Start | Signal | Kill | Forget | List | Quit
+Request = Hello | Upgrade | Start | Signal | Kill | Forget | List | Quit
 Answer = Welcome | Started | Lives | Done | Failed | Ended | LogTrouble
 
 

@@ -47,9 +47,11 @@ from imageapi.runtime.protocol import (
     Signal,
     Start,
     Started,
+    Upgrade,
     Welcome,
 )
 
+NAME = "imageapi-super"
 BACKLOG = 16
 LONGEST_LOG = 1 << 20
 """Bytes of bug reports that are kept from one supervisor to the next."""
@@ -72,8 +74,23 @@ def run(site: Site) -> NoReturn:
         process.close_all_but()
         os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
         _open_standard_files(site)
-        if _lock(site):
-            _work(site)
+        if (lock := _lock(site)) is not None:
+            _work(site, lock, _listen(site))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def succeed(site: Site, lock: int, listener: int) -> NoReturn:
+    """Be the supervisor of a site in the process that was it until now, and has executed this program (Upgrade): it
+    has the lock, and the socket, and the containers are its children."""
+    status = 1
+    try:
+        process.name(NAME)
+        process.close_all_but(lock, listener)
+        _work(site, lock, socket.socket(fileno=listener))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -92,17 +109,18 @@ def _open_standard_files(site: Site) -> None:
     process.close_all_but()
 
 
-def _lock(site: Site) -> bool:
-    """Take the site's lock. It is the process's own (fcntl(2), "Advisory record locking"): no child holds it on."""
+def _lock(site: Site) -> int | None:
+    """Take the site's lock; None where another has it. It is the process's own, over execve(2) as well, until that
+    closes a descriptor of the file (fcntl(2), "Advisory record locking"): no child holds it on."""
     lock = os.open(f"{site.supervisor_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
-    return True
+        return None
+    return lock
 
 
-def _work(site: Site) -> None:
+def _work(site: Site, lock: int, listener: socket.socket) -> None:
     """Become what a supervisor is, and serve."""
     os.umask(0o022)
     os.chdir("/")
@@ -110,8 +128,10 @@ def _work(site: Site) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     process.renounce()
-    listener = _listen(site)
-    supervisor = Supervisor(_surroundings(site), listener)
+    for descriptor in (lock, listener.fileno()):
+        os.set_inheritable(descriptor, False)
+    listener.setblocking(False)
+    supervisor = Supervisor(_surroundings(site), lock, listener)
     supervisor.adopt()
     listener.listen(BACKLOG)
     gc.collect()
@@ -163,7 +183,7 @@ def _listen(site: Site) -> socket.socket:
     """The socket for servers, in place of a dead supervisor's; nobody is let in yet. Its path goes by a descriptor:
     it may be longer than a socket's address (unix(7), 108 bytes)."""
     directory = os.open(site.supervisor_dir, _DIRECTORY)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(protocol.SOCKET, dir_fd=directory)
     listener.bind(f"/proc/self/fd/{directory}/{protocol.SOCKET}")
@@ -190,8 +210,9 @@ class Client:
 class Supervisor:
     """The containers of a site, and the servers that ask about them."""
 
-    def __init__(self, around: Surroundings, listener: socket.socket) -> None:
+    def __init__(self, around: Surroundings, lock: int, listener: socket.socket) -> None:
         self._around = around
+        self._lock = lock
         self._loop = around.loop
         self._listener = listener
         self._clients: set[Client] = set()
@@ -199,6 +220,7 @@ class Supervisor:
         self._spare: Child | None = None
         self._verbs: dict[type[Any], Callable[[Any], Answer]] = {
             Hello: self._hello,
+            Upgrade: self._upgrade,
             List: self._list,
             Signal: self._signal,
             Kill: self._kill,
@@ -245,6 +267,11 @@ class Supervisor:
                 self._spare = self._around.nursery.bear()
                 self._rehearse(self._spare)
 
+    def _dismiss_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._around.nursery.dismiss(spare)
+
     def _rehearse(self, spare: Child) -> None:
         """Do once what a start does to memory: after the clone of a child each page is copied when it is first written
         to, and nobody waits for that now."""
@@ -255,8 +282,7 @@ class Supervisor:
 
     def _end(self) -> None:
         self._loop.stop()
-        if self._spare is not None:
-            self._around.nursery.dismiss(self._spare)
+        self._dismiss_spare()
         with contextlib.suppress(OSError):  # whoever has removed it by hand keeps nobody alive by that
             os.unlink(protocol.SOCKET, dir_fd=self._around.directory)
         self._around.keep.remove()
@@ -328,19 +354,34 @@ class Supervisor:
             self._start(client, call.number, call.body, descriptors)
             return
         answer = self._verbs[type(call.body)](call.body)
-        client.greeted |= isinstance(call.body, Hello)
+        client.greeted |= isinstance(call.body, Hello) and call.body.version == protocol.VERSION
         client.tell(call.number, answer)
 
     # ---------------------------------------------------------------------------------------------------- verbs
 
     def _hello(self, hello: Hello) -> Answer:
-        if hello.version != protocol.VERSION:
-            raise errors.Unsupported(
-                f"the supervisor of this run directory speaks version {protocol.VERSION}, and the server "
-                f"{hello.version}; kill the supervisor, process {os.getpid()}: the server's own takes up its containers"
-            )
         self._around.logs.limit = hello.log_limit
-        return Welcome(protocol.VERSION, os.getpid())
+        return Welcome(protocol.VERSION, os.getpid(), protocol.RELEASE)
+
+    def _upgrade(self, order: Upgrade) -> Answer:
+        """Become another program, whose children the containers still are; what it must know of them is on disk.
+
+        Raises: errors.Problem, and then all is as before.
+        """
+        if starting := [container.life.id for container in self._containers.values() if container.starting]:
+            raise errors.Conflict(f"containers are being started: {', '.join(map(str, starting))}")
+        self._dismiss_spare()
+        handed_on = (self._lock, self._listener.fileno())
+        try:
+            with self._around.keep.outside():
+                for descriptor in handed_on:
+                    os.set_inheritable(descriptor, True)
+                os.execve(order.argv[0], [*order.argv, *map(str, handed_on)], order.environment)
+        except OSError as error:
+            for descriptor in handed_on:
+                os.set_inheritable(descriptor, False)
+            self._bear_spare()
+            raise errors.from_oserror(error, f"upgrading the supervisor to {order.argv[0]}") from None
 
     def _start(self, client: Client, number: int, order: Start, descriptors: list[int]) -> None:
         if len(descriptors) != 2:
@@ -365,7 +406,7 @@ class Supervisor:
 
     def _list(self, order: List) -> Answer:
         found = sorted(number for number in self._containers if number > order.above)
-        lives = [self._containers[number].life for number in found[: protocol.PAGE]]
+        lives = [self._containers[number].told() for number in found[: protocol.PAGE]]
         return Lives(lives, more=len(found) > protocol.PAGE)
 
     def _signal(self, order: Signal) -> Answer:
@@ -373,7 +414,7 @@ class Supervisor:
         return Done()
 
     def _kill(self, order: Kill) -> Answer:
-        self._living(order).kill(for_good=order.for_good)
+        self._living(order).kill()
         return Done()
 
     def _living(self, order: Signal | Kill) -> Container:
