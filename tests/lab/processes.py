@@ -43,7 +43,7 @@ class Process(NamedTuple):
         process: Process | None = self
         while process is not None and process.pid > 1:
             yield (pid := process.parent)
-            process = _process(pid)
+            process = find(pid)
 
     def _ties(self) -> Iterator[str]:
         """What ties it to places: its arguments, directories, open files, and the mounts it sees but we do not."""
@@ -71,10 +71,10 @@ class Process(NamedTuple):
 def processes() -> dict[int, Process]:
     """All that live. State Z is dead: an init that is slow to reap is nobody's fault."""
     pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
-    return {pid: process for pid in pids if (process := _process(pid)) is not None}
+    return {pid: process for pid in pids if (process := find(pid)) is not None}
 
 
-def _process(pid: int) -> Process | None:
+def find(pid: int) -> Process | None:
     """proc_pid_stat(5): the name stands in parentheses and may hold any character."""
     try:
         before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from lab.images import small_image
-from lab.processes import processes
+from lab.processes import find
 
 PATIENCE = 20.0
 """Seconds until what should happen is given up."""
@@ -104,6 +104,9 @@ def _good(answer: httpx.Response, code: int) -> Any:
 class Server(Api):
     """`imageapi-server` with a run directory of its own. It may be stopped, killed and started again."""
 
+    module = "imageapi.server"
+    """What is run."""
+
     def __init__(self, run_dir: Path, *options: str) -> None:
         super().__init__(run_dir / "api.sock")
         self.run_dir = run_dir
@@ -117,23 +120,34 @@ class Server(Api):
         return self._process.pid
 
     @property
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    @property
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Returns when it answers."""
-        command = [sys.executable, "-m", "imageapi.server", "--scheme", "unix", "--socket-path", str(self.socket)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--run-dir", str(self.run_dir), *self._options], stdout=log, stderr=log, cwd="/"
-            )
+        self.launch()
         eventually(self._listens, "the server listens")
         self.get("/container")
 
+    def launch(self) -> None:
+        """Start it, and wait for nothing."""
+        command = [sys.executable, "-m", self.module, "--scheme", "unix", "--socket-path", str(self.socket)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--run-dir", str(self.run_dir), *self._options],
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=self.environment,
+            )
+
     def _listens(self) -> bool:
         """It does so before it has looked at what the last one left; what is asked meanwhile is answered after."""
-        assert self._process is not None
-        assert self._process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+        assert self.runs, f"the server ended:\n{self.log.read_text()}"
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
 
@@ -217,7 +231,7 @@ def copy_of_small_image(directory: Path, name: str = "image.sqsh") -> Path:
 
 def alive(pid: int) -> bool:
     """Whether the process lives: a zombie does not."""
-    return pid in processes()
+    return find(pid) is not None
 
 
 def kill(pid: int) -> None:

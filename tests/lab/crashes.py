@@ -1,0 +1,337 @@
+"""Stories that a server is killed in, and what must be so afterwards.
+
+A story is one request, or a few, after a setting that has been answered. It is told once to learn its steps, and then
+once for each of them with a fault at it. What was answered must be so; what was under way may be or not, but whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lab import audit
+from lab.faults import ITSELF, VARIABLE, Faults, Step
+from lab.server import FOREVER, Server, alive, box, eventually
+
+ROOT = Path(__file__).parents[2]
+COUNTING = "/bin/sh -c 'i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done'"
+"""Prints consecutive numbers, and is never stopped."""
+OBEDIENT = """/bin/sh -c 'trap "exit 0" TERM; trap "exit 3" USR1; echo ready; while true; do sleep 0.005; done'"""
+"""Ends when it is asked to."""
+
+
+class FaultyServer(Server):
+    """A server that can be killed at any of its steps."""
+
+    module = "lab.faults"
+
+    def __init__(self, run_dir: Path, *options: str) -> None:
+        super().__init__(run_dir, *options)
+        self.faults = Faults(run_dir / "faults")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = ":".join((str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)))
+        return {**os.environ, VARIABLE: str(self.faults.path), "PYTHONPATH": path}
+
+    @property
+    def zygote(self) -> int:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "imageapi-zygote\n")
+
+    def victims(self, who: str) -> list[int]:
+        """The processes that a fault kills: `itself` is the one whose step it is."""
+        found = {
+            "itself": lambda: [ITSELF],
+            "server": lambda: [self.pid],
+            "supervisor": lambda: [self.supervisor],
+            "zygote": lambda: [self.zygote],
+            "both": lambda: [self.pid, self.supervisor],
+            "all": lambda: [self.pid, self.supervisor, self.zygote, ITSELF],
+        }
+        return found[who]()
+
+    def start_in_vain(self, step: Step, who: str) -> None:
+        """Start it with a fault at one of the steps before it answers; it may get over it."""
+        victims = {"itself": [ITSELF], "supervisor": self._supervisors(), "both": [ITSELF, *self._supervisors()]}
+        self.faults.arm(step, victims[who])
+        self.launch()
+        eventually(lambda: not self.runs or self._answers(), "it has ended, or answers")
+        self.faults.disarm()
+
+    def _supervisors(self) -> list[int]:
+        with contextlib.suppress(StopIteration):
+            return [self.supervisor]
+        return []
+
+    def revive(self) -> None:
+        """Start it again if it has ended, or is about to since its zygote has."""
+        if not self._answers():
+            self._end_by_itself()
+            self.start()
+
+    @property
+    def listens(self) -> bool:
+        return self.runs and self._listens()
+
+    def _answers(self) -> bool:
+        self.reconnect()
+        try:
+            return self.listens and self.http.get("/container").is_success and bool(self.zygote)
+        except (httpx.TransportError, OSError, StopIteration):
+            return False
+
+    def _end_by_itself(self) -> None:
+        assert self._process is not None
+        self._process.wait(20)
+        self._process = None
+        self.reconnect()
+
+
+VICTIMS = ("itself", "server", "supervisor", "zygote", "both", "all")
+AT_START = ("itself", "supervisor", "both")
+Story = Callable[["Book"], Callable[[], object]]
+"""Sets the scene, and returns what is told with a fault in it."""
+
+
+class Interrupted(Exception):
+    """A request has had no answer, or was answered that it met a fault."""
+
+
+class Book:
+    """What a client knows of its containers: those that were answered, and those it cannot know of."""
+
+    def __init__(self, server: FaultyServer) -> None:
+        self.server = server
+        self.known: dict[str, dict[str, Any]] = {}
+        self.unsure: set[str] = set()
+        self.used: dict[str, int] = {"container": -1, "mount": -1, "attach": -1}
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer. Raises: Interrupted."""
+        try:
+            answer = self.server.http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise Interrupted(repr(error)) from None
+        found = answer.json()
+        if answer.status_code >= 500:
+            assert found["message"], found
+            raise Interrupted(found["message"])
+        return found
+
+    def create(self, name: str, command: str = FOREVER, state: str = "running") -> Any:
+        self.unsure.add(name)
+        made = self.ask("POST", "/container", box(command, name=name, state=state))
+        self.unsure.discard(name)
+        if "id" in made:
+            self._count("container", made)
+            self.known[name] = made
+        return made
+
+    def _count(self, collection: str, made: dict[str, Any]) -> None:
+        """An id that an answer has shown is never given again."""
+        assert made["id"] > self.used[collection], f"{collection} {made['id']} was there before"
+        self.used[collection] = made["id"]
+
+    def change(self, method: str, name: str, suffix: str = "") -> Any:
+        """Have something done to a container. Until there is an answer nobody knows whether it has been."""
+        self.unsure.add(name)
+        known = self.known.pop(name)
+        found = self.ask(method, f"/container/byname/{name}{suffix}")
+        if method != "DELETE":
+            self.known[name] = self.ask("GET", f"/container/byname/{name}")
+            assert self.known[name]["id"] == known["id"]
+        self.unsure.discard(name)
+        return found
+
+    def check(self) -> None:
+        """All that was answered is so, and what is unsure is whole or gone. What is unsure is known afterwards."""
+        shown = {one.get("name"): one for one in self.server.get("/container")}
+        for name, known in self.known.items():
+            assert name in shown, f"{name} is lost: {known}"
+            _check_same(known, shown[name])
+        assert set(shown) <= {*self.known, *self.unsure}, shown
+        for name in self.unsure & set(shown):
+            self.known[name] = shown[name]
+        self.unsure.clear()
+
+
+def _check_same(known: dict[str, Any], now: dict[str, Any]) -> None:
+    same = ("id", "name", "command", "logfile", "created_at")
+    assert [known[key] for key in same] == [now[key] for key in same], (known, now)
+    if known["state"] == "running":
+        assert (now["state"], now["pid"], now["started_at"]) == ("running", known["pid"], known["started_at"]), now
+        assert alive(now["pid"])
+    elif known["state"] in ("exited", "dead"):
+        assert (now["state"], now["exit_code"]) == (known["state"], known["exit_code"]), (known, now)
+
+
+# ------------------------------------------------------------------------------------------------------- stories
+
+
+def create(book: Book) -> Callable[[], object]:
+    return lambda: book.create("made")
+
+
+def create_in_vain(book: Book) -> Callable[[], object]:
+    return lambda: book.create("vain", "/bin/nothing")
+
+
+def start(book: Book) -> Callable[[], object]:
+    book.create("begun", OBEDIENT, "created")
+    return lambda: book.change("GET", "begun", "/running")
+
+
+def start_in_vain(book: Book) -> Callable[[], object]:
+    book.create("begun", "/bin/nothing", "created")
+    return lambda: book.change("GET", "begun", "/running")
+
+
+def stop(book: Book) -> Callable[[], object]:
+    _make_obedient(book, "ended")
+
+    def tell() -> None:
+        book.change("GET", "ended", "/exited")
+        _await_end(book, "ended")
+
+    return tell
+
+
+def end(book: Book) -> Callable[[], object]:
+    made = _make_obedient(book, "ended")
+
+    def tell() -> None:
+        book.known.pop("ended")
+        book.unsure.add("ended")
+        os.kill(made["pid"], signal.SIGUSR1)
+        _await_end(book, "ended")
+
+    return tell
+
+
+def delete(book: Book) -> Callable[[], object]:
+    book.create("gone", "/bin/true")
+    _await_end(book, "gone")
+    return lambda: book.change("DELETE", "gone")
+
+
+def delete_by_force(book: Book) -> Callable[[], object]:
+    book.create("gone")
+    return lambda: book.change("DELETE", "gone", "?force=true")
+
+
+STORIES = (create, create_in_vain, start, start_in_vain, stop, end, delete, delete_by_force)
+
+
+def _make_obedient(book: Book, name: str) -> Any:
+    made = book.create(name, OBEDIENT)
+    eventually(lambda: "ready" in Path(made["logfile"]).read_text(), f"{name} is ready")
+    return made
+
+
+def _await_end(book: Book, name: str) -> None:
+    def ended() -> bool:
+        shown = book.ask("GET", f"/container/byname/{name}")
+        return shown["state"] in ("exited", "dead")
+
+    eventually(ended, f"{name} has ended")
+    book.known[name] = book.ask("GET", f"/container/byname/{name}")
+    book.unsure.discard(name)
+
+
+class Lab:
+    """A server that goes through stories, with a container that must not notice any of it."""
+
+    def __init__(self, server: FaultyServer) -> None:
+        self.server = server
+        self.book = Book(server)
+        self.witness = self.book.create("witness", COUNTING)
+
+    def steps(self, story: Story) -> list[Step]:
+        """The steps of a story."""
+        tell = story(self.book)
+        self._settle()
+        self.server.faults.record()
+        tell()
+        self._settle()
+        found = self.server.faults.recorded()
+        self.clear()
+        return found
+
+    def interrupt(self, story: Story, step: Step, who: str) -> None:
+        """Tell a story with a fault, and see that nothing is lost and nothing left."""
+        self._break(story, step, who)
+        self.server.revive()
+        self.check()
+        self.clear()
+
+    def _break(self, story: Story, step: Step, who: str) -> None:
+        tell = story(self.book)
+        self._settle()
+        self.server.faults.arm(step, self.server.victims(who))
+        with contextlib.suppress(Interrupted):
+            tell()
+        if not self.server.faults.disarm():
+            self._settle()
+
+    def steps_of_a_start(self) -> list[Step]:
+        """The steps of a server that finds what another has left in the middle of its work."""
+        self._leave_work()
+        self.server.faults.record()
+        self.server.revive()
+        self._settle()
+        found = self.server.faults.recorded()
+        self.clear()
+        return found
+
+    def interrupt_start(self, step: Step, who: str) -> None:
+        """Kill the server in the middle of its work, and the next while it finds that, and see what the third has."""
+        self._leave_work()
+        self.server._end_by_itself()
+        self.server.start_in_vain(step, who)
+        self.server.revive()
+        self.check()
+        self.clear()
+
+    def _leave_work(self) -> None:
+        """A create whose overlay is mounted, and an end that nobody has noted."""
+        made = _make_obedient(self.book, "ended")
+        self._break(create, Step("worker mount mounting._mount_either_way < mounting.make", 1), "all")
+        self.book.known.pop("ended")
+        self.book.unsure.add("ended")
+        os.kill(made["pid"], signal.SIGUSR1)
+
+    def _settle(self) -> None:
+        eventually(lambda: not audit.differences(self.server), "all is at rest")
+
+    def check(self) -> None:
+        self.book.check()
+        left: list[str] = []
+
+        def clean() -> bool:
+            left[:] = audit.differences(self.server)
+            return not left
+
+        try:
+            eventually(clean, "records and kernel agree", 12)
+        except AssertionError as late:
+            raise AssertionError(f"{late}: {left}") from None
+
+    def clear(self) -> None:
+        """All but the witness goes."""
+        for name in [*self.book.known]:
+            if name != "witness":
+                self.book.change("DELETE", name, "?force=true")
+        self.check()
+
+    def check_log(self) -> None:
+        """The witness has printed all numbers, each once."""
+        lines = Path(self.witness["logfile"]).read_text().splitlines()
+        printed = [line for line in lines if line.startswith("line ")]
+        assert printed == [f"line {number}" for number in range(len(printed))]
