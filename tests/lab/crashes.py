@@ -22,6 +22,7 @@ from lab.server import FOREVER, Server, alive, box, eventually
 ROOT = Path(__file__).parents[2]
 COUNTING = "/bin/sh -c 'i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done'"
 """Prints consecutive numbers, and is never stopped."""
+MISSING = "/bin/nothing"
 OBEDIENT = """/bin/sh -c 'trap "exit 0" TERM; trap "exit 3" USR1; echo ready; while true; do sleep 0.005; done'"""
 """Ends when it is asked to."""
 
@@ -129,6 +130,7 @@ class Book:
         self.unsure.add(name)
         made = self.ask("POST", "/container", box(command, name=name, state=state))
         self.unsure.discard(name)
+        assert ("id" in made) == (command != MISSING or state == "created"), made
         if "id" in made:
             self._count("container", made)
             self.known[name] = made
@@ -180,7 +182,7 @@ def create(book: Book) -> Callable[[], object]:
 
 
 def create_in_vain(book: Book) -> Callable[[], object]:
-    return lambda: book.create("vain", "/bin/nothing")
+    return lambda: book.create("vain", MISSING)
 
 
 def start(book: Book) -> Callable[[], object]:
@@ -189,7 +191,7 @@ def start(book: Book) -> Callable[[], object]:
 
 
 def start_in_vain(book: Book) -> Callable[[], object]:
-    book.create("begun", "/bin/nothing", "created")
+    book.create("begun", MISSING, "created")
     return lambda: book.change("GET", "begun", "/running")
 
 
@@ -285,7 +287,7 @@ class Lab:
         self._leave_work()
         self.server.faults.record()
         self.server.revive()
-        self._settle()
+        self.check()
         found = self.server.faults.recorded()
         self.clear()
         return found
