@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.processes import Process, processes
-from lab.session import PREFIX, Session, neighbours
+from lab.session import CLAIM, PREFIX, USUAL, Session, neighbours
 from tools.images import cache_directory
 
 DEADLINE = 5.0
@@ -106,7 +106,7 @@ class Machine:
         """Those with our name in the usual places, and all that lies directly in this run's own."""
         usual = (path for place in ("/run", "/tmp", "/var/tmp", "/dev/shm") for path in Path(place).glob("imageapi*"))
         inside = (path for place in self.own_places for path in place.glob("*") if path.name != "pytest")
-        for path in (*usual, *inside, *Path("/run/imageapi").glob("*/*")):
+        for path in (*usual, *inside, *Path(USUAL).glob("*/*")):
             if not self.session.concerns_a_neighbour(str(path)):
                 yield Trace("file", str(path))
 
@@ -188,6 +188,7 @@ def _instances(place: Path) -> Iterator[str]:
     the random id of each server it has started. Nothing deeper is read: it may be a dead mount."""
     token = place.name.removeprefix(PREFIX)
     yield from (f"imageapi{separator}{token}" for separator in ":-_")
-    for file in (*place.glob("*/instance"), *place.glob("pytest/*/instance")):
+    usual = [Path(USUAL, "instance")] if (place / CLAIM).exists() else []
+    for file in (*place.glob("*/instance"), *place.glob("pytest/*/instance"), *usual):
         with contextlib.suppress(OSError):
             yield file.read_text().strip() or token

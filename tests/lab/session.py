@@ -6,6 +6,7 @@ There are two: `fast`, in memory, and `disk`, where temporary files go. Both are
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -15,6 +16,9 @@ from typing import NamedTuple
 
 PREFIX = "imageapi-test-"
 VARIABLE = "IMAGEAPI_TEST_TOKEN"
+USUAL = "/run/imageapi"
+"""The run directory of a server that is not told of another."""
+CLAIM = "in-the-usual-place"
 
 
 class Session(NamedTuple):
@@ -35,7 +39,17 @@ class Session(NamedTuple):
 
     def concerns_a_neighbour(self, text: str) -> bool:
         """Whether `text` (a path, a line of mountinfo) names the place of another test run."""
-        return PREFIX in text.replace(self.name, "")
+        return PREFIX in text.replace(self.name, "") or (USUAL in text and any(_claims(self)))
+
+    @contextlib.contextmanager
+    def in_the_usual_place(self) -> Iterator[None]:
+        """Within it what is in the usual run directory is this run's."""
+        claim = self.disk / CLAIM
+        claim.touch()
+        try:
+            yield
+        finally:
+            claim.unlink()
 
 
 def begin() -> Session:
@@ -60,6 +74,11 @@ def neighbours(session: Session) -> Iterator[Path]:
     """The places of other test runs on this machine, and what others left."""
     for parent in {session.fast.parent, session.disk.parent}:
         yield from (place for place in parent.glob(f"{PREFIX}*") if place.name != session.name)
+
+
+def _claims(session: Session) -> Iterator[Path]:
+    """The claims of other runs to the usual place."""
+    return (claim for place in neighbours(session) if (claim := place / CLAIM).exists())
 
 
 def _session(token: str) -> Session:

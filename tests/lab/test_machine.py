@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from lab.images import small_image
 from lab.machine import Machine
+from lab.session import CLAIM, USUAL
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +111,19 @@ def test_what_belongs_to_another_run_is_not_looked_at(machine: Machine, run_dir:
     left = machine.settle(before, 0)
     neighbour.rmdir()
     assert left == []
+
+
+@pytest.mark.pure
+def test_the_usual_place_is_looked_at_unless_another_run_works_there(machine: Machine) -> None:
+    line = f"36 35 98:0 / {USUAL}/mounts/mount_1 rw - squashfs /dev/loop0 ro"
+    with machine.session.in_the_usual_place():
+        mine = machine.session.concerns_a_neighbour(line)
+    neighbour = machine.session.disk.with_name("imageapi-test-neighbour")
+    neighbour.mkdir()
+    (neighbour / CLAIM).touch()
+    theirs = machine.session.concerns_a_neighbour(line)
+    shutil.rmtree(neighbour)
+    assert (mine, theirs) == (False, True)
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -21,6 +21,7 @@ import pytest
 
 from lab.ceph import Cluster, wait_until
 from lab.images import systemd_image
+from lab.machine import Machine
 from tutorial import text
 from tutorial.text import Command
 
@@ -102,14 +103,15 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, cluster: Cluster) -> Iterator[Reader]:
+def reader(tmp_path: Path, cluster: Cluster, machine: Machine) -> Iterator[Reader]:
     """A reader with `./imageapi-server` in front of them; whatever they leave running is ended."""
     assert not RUN_DIR.exists(), f"{RUN_DIR} is in use on this machine"
     (tmp_path / "imageapi-server").symlink_to(SERVER)
-    yield Reader(tmp_path, cluster)
-    with contextlib.suppress(FileNotFoundError):
-        _end(int((RUN_DIR / "lock").read_text()))
-    shutil.rmtree(RUN_DIR, ignore_errors=True)
+    with machine.session.in_the_usual_place():
+        yield Reader(tmp_path, cluster)
+        with contextlib.suppress(FileNotFoundError):
+            _end(int((RUN_DIR / "lock").read_text()))
+        shutil.rmtree(RUN_DIR, ignore_errors=True)
 
 
 def _end(server: int) -> None:
