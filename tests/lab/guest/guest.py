@@ -72,6 +72,13 @@ class Guest:
         """Call `module:function` of the checkout (`src` and `tests`) in the guest, with what JSON can carry."""
         return self.link.call(name, *arguments)
 
+    def reboot(self) -> None:
+        """Ask systemd to, and return when it is up again."""
+        self.run("systemctl", "reboot")
+        self.machine.await_event("RESET")
+        self.link.wake()
+        self.run(*MOUNT_CHECKOUT.split())
+
     def save(self, state: State) -> None:
         """Make this a state, whose memory it was restored from to `keep`. The guest stops."""
         self.link.close()
@@ -121,7 +128,8 @@ def restored(state: State, network: Network, directory: Path, *, keep: bool = Fa
     memory is written to, so that `Guest.save` can make another state of it."""
     port = network.new_port()
     machine = Qemu(state.shape, state.memory, directory, prefix=network.enter)
-    machine.start(incoming=True, share=keep, ports=(f"tcp:127.0.0.1:{port}-:80",))
+    disk = _copy(state.disk, directory / "disk") if state.disk else None
+    machine.start(incoming=True, share=keep, ports=(f"tcp:127.0.0.1:{port}-:80",), disk=disk)
     with contextlib.ExitStack() as undo:
         undo.callback(machine.stop)
         machine.load(state.devices)
@@ -132,6 +140,11 @@ def restored(state: State, network: Network, directory: Path, *, keep: bool = Fa
         guest.run(*MOUNT_CHECKOUT.split())
         undo.enter_context(_forwarded(guest.api_socket, port, network))
         yield guest
+
+
+def _copy(disk: Path, to: Path) -> Path:
+    subprocess.run(["cp", "--sparse=always", disk, to], check=True)
+    return to
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ MEMORY = "2G"
 PATIENCE = 120.0
 """Seconds for a boot under emulation; a restore takes a fraction of one."""
 
+SYSTEMD = "lab_init=/lib/systemd/systemd net.ifnames=0"
+"""Words of the kernel's command line."""
+
 DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 """prctl(2), PR_SET_PDEATHSIG: also when pytest is killed outright."""
 
@@ -30,15 +33,18 @@ class Shape(NamedTuple):
 
     root: Root
     accelerator: str
+    systemd: bool = False
+    """With systemd as its init, and a disk for what it writes, so that it can reboot. The other ends when it does."""
 
     def words(self) -> list[str]:
         cpu = "host" if self.accelerator == "kvm" else "Nehalem"
         return [
-            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+            *(() if self.systemd else ("-no-reboot",)),
             *("-machine", "q35,memory-backend=memory,vmport=off", "-accel", self.accelerator),
             *("-cpu", cpu, "-smp", "2", "-m", MEMORY),
             *("-kernel", str(self.root.kernel), "-initrd", str(self.root.initramfs)),
-            *("-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr"),
+            *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {SYSTEMD if self.systemd else ''}"),
             *("-drive", f"file={self.root.disk},if=virtio,format=raw,readonly=on"),
             *("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=terminal"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
@@ -60,9 +66,11 @@ class Qemu:
         self._memory = memory
         self._prefix = prefix
 
-    def start(self, incoming: bool = False, share: bool = True, ports: tuple[str, ...] = ()) -> None:
+    def start(
+        self, incoming: bool = False, share: bool = True, ports: tuple[str, ...] = (), disk: Path | None = None
+    ) -> None:
         """Boot, or with `incoming` wait for a state. With `share` the memory's file is what is written to, and left for
-        a state to be saved. `ports` are forwarded ones, in QEMU's words (hostfwd)."""
+        a state to be saved. `ports` are forwarded ones, in QEMU's words (hostfwd). `disk` is written to."""
         forward = "".join(f",hostfwd={port}" for port in ports)
         command = [
             *(*DIE_WITH_US, *self._prefix, *self._shape.words()),
@@ -74,12 +82,13 @@ class Qemu:
             *(*self._socket("agent"), *self._socket("terminal")),
             *("-chardev", f"file,id=log,path={self.directory / 'console.log'}"),
             *("-qmp", f"unix:{self.directory / 'qmp'},server=on,wait=off"),
+            *(("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe") if disk else ()),
             *(("-incoming", "defer") if incoming else ()),
         ]
         with (self.directory / "qemu.log").open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        with self.connect("qmp") as connection:
-            self._qmp = connection.makefile("rwb")
+        self._connection = self.connect("qmp")
+        self._qmp = self._connection.makefile("rwb")
         self._qmp.readline()
         self.command("qmp_capabilities")
         self.command("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
@@ -149,9 +158,16 @@ class Qemu:
                 raise RuntimeError(f"the state was not moved: {status}")
             time.sleep(0.002)
 
+    def await_event(self, name: str, seconds: float = PATIENCE) -> None:
+        """Raises: TimeoutError, when it does not come in time."""
+        self._connection.settimeout(seconds)
+        next(message for message in self._messages() if message.get("event") == name)
+        self._connection.settimeout(None)
+
     def stop(self) -> None:
         """It is only a process: nothing of it has to be saved."""
         with contextlib.suppress(OSError):
             self._qmp.close()
+        self._connection.close()
         self.process.kill()
         self.process.wait()

@@ -12,12 +12,15 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from tools import images
 
 HERE = Path(__file__).parent
+OWN = HERE / "root"
+"""What of the guest's files is our own."""
 CHECKOUT = Path(__file__).parents[3]
 
 KERNELS = ("linux-image-6.12-amd64", "linux-image-amd64")
@@ -27,7 +30,7 @@ PACKAGES = (
     *("busybox-static", "kmod", "iproute2", "keyutils", "mount", "procps", "python3", "socat", "strace", "util-linux"),
     *("btrfs-progs", "dosfstools", "e2fsprogs", "erofs-utils", "genisoimage", "squashfs-tools", "xfsprogs"),
     *("nfs-common", "nfs-kernel-server", "rpcbind", "open-iscsi", "tgt", "multipath-tools", "dmsetup"),
-    *("qemu-system-common", "qemu-block-extra", "curl", "jq", "sudo"),
+    *("qemu-system-common", "qemu-block-extra", "curl", "jq", "sudo", "systemd", "dbus"),
 )
 
 MODULES = (
@@ -40,24 +43,53 @@ MODULES = (
 LIBRARIES = ("backports-zstd", "httptools", "msgspec", "urllib3", "uvloop")
 """What the service imports of others' (pyproject.toml, dependencies)."""
 
-TO_ROOT = ("virtio_pci", "virtio_blk", "erofs", "overlay")
+TO_ROOT = ("virtio_pci", "virtio_blk", "erofs", "ext4", "overlay")
 """The modules on the way to the root file system."""
+
+IDLE_UNITS = (
+    *("*.timer", "*.automount", "getty.target", "serial-getty@.service", "modprobe@.service", "e2scrub_reap.service"),
+    *("multipathd.*", "multipath-tools.service", "nfs-client.target", "nfs-server.service", "rpcbind.*", "tgt.service"),
+    *("dev-hugepages.mount", "dev-mqueue.mount", "sys-kernel-*.mount", "sys-fs-fuse-connections.mount"),
+    *("run-rpc_pipefs.mount", "ldconfig.service", "systemd-ask-password-*", "systemd-binfmt.service"),
+    *("systemd-firstboot.service", "systemd-hwdb-update.service", "systemd-journal-*flush.service", "systemd-logind.*"),
+    *(
+        "systemd-network-generator.service",
+        "systemd-pcrphase*",
+        "systemd-pstore.service",
+        "systemd-random-seed.service",
+    ),
+    *("systemd-sysctl.service", "systemd-sysusers.service", "systemd-update-utmp*", "systemd-user-sessions.service"),
+    *("kmod-static-nodes.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service"),
+)
+"""What systemd is not to start in the guest: no test wants it, and it takes time."""
 
 INITRAMFS = """\
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs none /dev
-/bin/busybox mount -t tmpfs -o mode=755 none /memory
 while read module; do /bin/busybox insmod /modules/$module; done </modules/order
-/bin/busybox mkdir /memory/upper /memory/work
+/bin/busybox mount -t ext4 /dev/vdb /memory || /bin/busybox mount -t tmpfs -o mode=755 none /memory
+/bin/busybox mkdir -p /memory/upper /memory/work
 /bin/busybox mount -t erofs -o ro /dev/vda /lower
 /bin/busybox mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /root
-exec /bin/busybox switch_root /root /sbin/init
+exec /bin/busybox switch_root /root ${lab_init:-/sbin/init}
 """
+"""What the guest writes goes to its second disk, if it has one, and else to its memory. The kernel hands `lab_init=…`
+of its command line to us as a variable."""
 
 INITTAB = """\
 ::sysinit:/lab/start
 ::respawn:/usr/bin/python3 /lab/agent.py
 hvc0::respawn:/bin/bash --login
+"""
+
+NOT_BY_ITSELF = ("9pnet_virtio", "loop", "squashfs", "virtio_console", "virtio_net")
+"""The modules that systemd loads first: the agent, the network and the checkout want them."""
+
+JOURNAL = """\
+[Journal]
+Storage=volatile
+ForwardToConsole=yes
+TTYPath=/dev/ttyS0
 """
 
 
@@ -90,7 +122,7 @@ def root() -> Root:
     Raises: subprocess.CalledProcessError; OSError.
     """
     recipe = hashlib.sha256()
-    for path in (HERE / "root.py", HERE / "agent.py", HERE / "start.sh", CHECKOUT / "requirements-dev.lock"):
+    for path in (HERE / "root.py", HERE / "agent.py", *sorted(OWN.iterdir()), CHECKOUT / "requirements-dev.lock"):
         recipe.update(path.read_bytes())
     return Root(images.cached("guest-root", "d", f"{recipe.hexdigest()} {images.suite()}", _make))
 
@@ -184,8 +216,8 @@ def _install_lab(tree: Path) -> None:
     for directory in ("lab", "imageapi", "host"):
         (tree / directory).mkdir()
     shutil.copy(HERE / "agent.py", tree / "lab/agent.py")
-    shutil.copy(HERE / "start.sh", tree / "lab/start")
-    (tree / "lab/start").chmod(0o755)
+    for name in ("start", "network", "modules"):
+        shutil.copy(OWN / name, tree / "lab" / name)
     (tree / "etc/inittab").write_text(INITTAB)
     (tree / "sbin/init").unlink(missing_ok=True)
     (tree / "sbin/init").symlink_to("/usr/bin/busybox")
@@ -194,7 +226,24 @@ def _install_lab(tree: Path) -> None:
     (tree / "etc/profile.d/lab.sh").write_text(
         "export PYTHONPATH=/imageapi/src:/imageapi/tests:/imageapi:/lab/packages\n"
     )
+    _install_units(tree)
     _install_packages(tree / "lab/packages", next((tree / "usr/lib").glob("python3.*")).name.removeprefix("python"))
+
+
+def _install_units(tree: Path) -> None:
+    """What there is to be done in a guest with systemd as its init, and what not."""
+    units = tree / "etc/systemd/system"
+    for path in (*units.rglob("*"), *(tree / "usr/lib/systemd/system").iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in IDLE_UNITS):
+            (units / path.name).unlink(missing_ok=True)
+            (units / path.name).symlink_to("/dev/null")
+    for path in OWN.glob("*.service"):
+        shutil.copy(path, units)
+    images.run("chroot", str(tree), "systemctl", "--quiet", "enable", *(path.name for path in OWN.glob("*.service")))
+    (tree / "etc/modules-load.d/lab.conf").write_text("\n".join(NOT_BY_ITSELF))
+    (tree / "etc/machine-id").write_text(f"{0xC0FFEE:032x}\n")
+    (tree / "etc/systemd/journald.conf.d").mkdir(exist_ok=True)
+    (tree / "etc/systemd/journald.conf.d/lab.conf").write_text(JOURNAL)
 
 
 def _install_packages(to: Path, python: str) -> None:

@@ -16,6 +16,10 @@ ACCELERATOR = os.environ.get("LAB_ACCELERATOR", "tcg,thread=multi")
 """Emulation works everywhere; `LAB_ACCELERATOR=kvm` is faster where the machine can."""
 
 
+DISK = "1G"
+"""The size of the disk of a guest that reboots. It has holes where nothing is written."""
+
+
 class State(NamedTuple):
     """A stopped machine: its memory, and the rest of it."""
 
@@ -30,25 +34,33 @@ class State(NamedTuple):
     def devices(self) -> Path:
         return self.directory / "devices"
 
+    @property
+    def disk(self) -> Path | None:
+        """What it has written, where that is not in its memory."""
+        return self.directory / "disk" if self.shape.systemd else None
 
-def booted() -> State:
+
+def booted(*, systemd: bool = False) -> State:
     """The state after a boot, made on first use: a quarter of a minute.
 
     Raises: subprocess.CalledProcessError, OSError, RuntimeError.
     """
-    shape = qemu.Shape(root(), ACCELERATOR)
+    shape = qemu.Shape(root(), ACCELERATOR, systemd)
     version = subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True, text=True).stdout
     code = hashlib.sha256(Path(qemu.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
     made_of = f"{shape.root.directory} {shape.accelerator} {version} {code}"
-    return State(shape, images.cached("guest-state", "d", made_of, lambda directory: _boot(State(shape, directory))))
+    name = "guest-systemd" if systemd else "guest-state"
+    return State(shape, images.cached(name, "d", made_of, lambda directory: _boot(State(shape, directory))))
 
 
 def _boot(state: State) -> None:
     state.directory.mkdir()
     scratch = state.directory.parent / "boot"
     scratch.mkdir()
+    if state.disk:
+        images.run("mke2fs", "-q", "-t", "ext4", str(state.disk), DISK)
     machine = qemu.Qemu(state.shape, state.memory, scratch)
-    machine.start()
+    machine.start(disk=state.disk)
     try:
         agent = link.Link(machine)
         agent.run(["sync"], timeout=qemu.PATIENCE)
