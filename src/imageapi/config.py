@@ -56,6 +56,11 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         return f"imageapi:{self.instance}:"
 
     @property
+    def scope(self) -> str:
+        """The unit of systemd's that our containers and storage helpers are in, on a host where it runs."""
+        return f"imageapi-{self.instance}.scope"
+
+    @property
     def mounts_dir(self) -> str:
         return f"{self.run_dir}/mounts"
 

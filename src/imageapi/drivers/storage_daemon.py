@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from imageapi.config import Site
 from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descriptor, listens
 from imageapi.errors import Conflict, Problem, Unsupported
-from imageapi.linux import mount, mountinfo, process
+from imageapi.linux import mount, mountinfo, process, scope
 from imageapi.linux.tree import remove_tree
 from imageapi.records import Key
 from imageapi.spec import COLLECTIONS, Secret
@@ -232,6 +232,8 @@ class Daemon:
             raise TimeoutError(f"{PROGRAM} did not start in time") from None
         if done.returncode:
             raise Problem(f"{PROGRAM} did not start", step="start the storage daemon", detail=done.stderr.strip())
+        with contextlib.suppress(OSError):  # it stays in the unit of the server, whose KillMode= spares it
+            scope.join(self._site.scope, self.pid() or 0)
 
     @property
     def _identity(self) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import gc
 import os
 import resource
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import msgspec
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.linux import cgroup, memory, process
+from imageapi.linux import cgroup, memory, process, scope
 from imageapi.runtime import entries, output, protocol
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container, Surroundings
@@ -75,6 +76,7 @@ def run(site: Site) -> NoReturn:
         os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
         _open_standard_files(site)
         if (lock := _lock(site)) is not None:
+            _leave_service(site)
             _work(site, lock, _listen(site))
         status = 0
     except BaseException:
@@ -118,6 +120,14 @@ def _lock(site: Site) -> int | None:
     except OSError:
         return None
     return lock
+
+
+def _leave_service(site: Site) -> None:
+    """Be in no unit that ends before the host does. Where that fails, its KillMode= decides over the containers."""
+    try:
+        scope.join(site.scope, os.getpid())
+    except OSError as error:
+        print(f"{site.scope}: {error}; containers stay in the control group of the server", file=sys.stderr, flush=True)
 
 
 def _work(site: Site, lock: int, listener: socket.socket) -> None:
