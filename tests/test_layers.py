@@ -30,7 +30,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "client": VOCABULARY,
     "cli": frozenset({"client"}),
     "service": VOCABULARY | {"linux", "engine", "api"},
-    "server": VOCABULARY | {"engine", "service"},
+    "server": VOCABULARY | {"linux", "engine", "service"},
 }
 """For each part of the package the other parts that it may import; its own modules and the version, always."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -122,6 +123,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     read_timeout: float = 30.0
     write_timeout: float = 60.0
     log_level: int = 20
+    environment_file: str | None = None
+    shutdown: bool = False
 
     def site(self, instance: str) -> Site:
         return Site(
@@ -336,7 +339,30 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         default=env("IMAGEAPI_LOGLEVEL", "INFO"),
         help="PANIC to TRACE ($IMAGEAPI_LOGLEVEL, else INFO)",
     )
+    work.add_argument(
+        "--environment-file",
+        type=_argument(_directory),
+        help="read on SIGHUP for a new $IMAGEAPI_LOGLEVEL; what else is in it is taken at the next start",
+    )
+    work.add_argument(
+        "--shutdown",
+        action="store_true",
+        help="stop all containers, release all storage, and end: for the end of the host, when no server runs",
+    )
     return parser
+
+
+def variables(text: str) -> dict[str, str]:
+    """What an environment file says, as systemd.exec(5) has it, without lines that go on in the next one.
+
+    Raises: ValueError, when quotes are left open.
+    """
+    found = {}
+    for line in text.splitlines():
+        name, is_set, value = line.strip().partition("=")
+        if is_set and not name.startswith(("#", ";")):
+            found[name.strip()] = " ".join(shlex.split(value))
+    return found
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:

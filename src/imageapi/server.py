@@ -13,9 +13,10 @@ import socket
 import sys
 from typing import NoReturn
 
-from imageapi.config import Config, Site, parse
+from imageapi.config import Config, Site, parse, variables
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem
+from imageapi.linux.systemd import Service
 
 OLDEST_KERNEL = (5, 14)
 """RHEL 9's. Older ones lack what roots are built with (mount_setattr, 5.12) and how containers are killed."""
@@ -23,6 +24,7 @@ OLDEST_KERNEL = (5, 14)
 
 def main() -> NoReturn:
     """The whole life of the process. It leaves by os._exit: a thread that hangs must not keep it."""
+    systemd = Service.take(os.environ)
     config = parse(sys.argv[1:], os.environ)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -32,7 +34,7 @@ def main() -> NoReturn:
         watch = rundir.watching()
         control = zygote.launch(site, keep=[workers_lock, *([watch] if watch >= 0 else [])])
         os.close(workers_lock)
-        _serve(config, site, control, watch)
+        _serve(config, site, control, watch, systemd)
     except (Problem, OSError) as problem:
         print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -55,10 +57,20 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _serve(config: Config, site: Site, control: socket.socket, watch: int) -> None:
+def _serve(config: Config, site: Site, control: socket.socket, watch: int, systemd: Service) -> None:
     from imageapi import service
 
-    service.run(config, site, control, watch)
+    given = service.Given(control, watch, systemd, _config_of_now)
+    (service.shut_down if config.shutdown else service.run)(config, site, given)
+
+
+def _config_of_now(environment_file: str) -> Config:
+    """What a start with this file as its environment would choose.
+
+    Raises: OSError; ValueError; SystemExit, when it says what cannot be, with a message on stderr.
+    """
+    with open(environment_file, encoding="utf-8") as file:
+        return parse(sys.argv[1:], {**os.environ, **variables(file.read())})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ class Server(Api):
     def __init__(self, run_dir: Path, *options: str) -> None:
         super().__init__(run_dir / "api.sock")
         self.run_dir = run_dir
+        self.enter: list[str] = []
+        """The beginning of the command, one that executes what follows: what the process has it has from there."""
         self.log = run_dir / "server.log"
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -127,22 +129,23 @@ class Server(Api):
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
+    @property
+    def command(self) -> list[str]:
+        where = ("--scheme", "unix", "--socket-path", str(self.socket), "--run-dir", str(self.run_dir))
+        return [sys.executable, "-m", self.module, *where, *self._options]
+
+    def start(self, *, pass_fds: Sequence[int] = ()) -> None:
         """Returns when it answers."""
-        self.launch()
+        self.launch(pass_fds)
         eventually(self._listens, "the server listens")
         self.get("/container")
 
-    def launch(self) -> None:
+    def launch(self, pass_fds: Sequence[int] = ()) -> None:
         """Start it, and wait for nothing."""
-        command = [sys.executable, "-m", self.module, "--scheme", "unix", "--socket-path", str(self.socket)]
+        command = [*self.enter, *self.command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--run-dir", str(self.run_dir), *self._options],
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=self.environment,
+                command, stdout=log, stderr=log, cwd="/", env=self.environment, pass_fds=pass_fds
             )
 
     def _listens(self) -> bool:

@@ -1,4 +1,5 @@
-"""Where the service listens: sockets that are bound at the start and gone at the end."""
+"""Where the service listens: sockets that are bound at the start and gone at the end, or those that somebody else has
+bound for it, who keeps them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from imageapi.api.connection import Connections
 from imageapi.api.guard import is_loopback
@@ -16,21 +17,25 @@ from imageapi.config import Config
 from imageapi.errors import Conflict, Invalid
 
 BACKLOG = 2048
+BEYOND = (
+    "is not loopback, and whoever reaches plain http is root here; choose localhost or a Unix socket, or say "
+    "--insecure-http"
+)
 LOCALHOST = [(int(socket.AF_INET), "127.0.0.1"), (int(socket.AF_INET6), "::1")]
 """What localhost is, also where no file says so (RFC 6761, 6.3)."""
 
 
 class Listeners:
-    """The sockets of one server, bound from the start and gone at the end."""
+    """The sockets of one server, bound from the start and gone at the end. Where sockets are `given`, those are all."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, given: Sequence[socket.socket] = ()) -> None:
         """Raises: errors.Problem, when one cannot be had."""
         self._config = config
-        self._sockets: list[socket.socket] = []
+        self._sockets = [_checked(one, config) for one in given]
         self._own: tuple[int, int] | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            for scheme in config.schemes:
+            for scheme in () if given else config.schemes:
                 self._sockets.extend([self._unix()] if scheme == "unix" else _http(config))
             undo.pop_all()
 
@@ -101,6 +106,19 @@ def _is_socket(path: str) -> bool:
     return stat.S_ISSOCK(os.lstat(path).st_mode)
 
 
+def _checked(given: socket.socket, config: Config) -> socket.socket:
+    """A socket that was bound for us.
+
+    Raises: Invalid, when it is of no use, or is heard beyond loopback.
+    """
+    address = given.getsockname()
+    if given.type != socket.SOCK_STREAM or not given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise Invalid("a socket that was handed over is none that streams come in on; give ListenStream= in the unit")
+    if given.family != socket.AF_UNIX and not is_loopback(address[0]) and not config.insecure_http:
+        raise Invalid(f"ListenStream= {address[0]}:{address[1]} {BEYOND}")
+    return given
+
+
 def _http(config: Config) -> Iterator[socket.socket]:
     """A listener on each address of the host, all on one port."""
     port = config.port
@@ -121,10 +139,7 @@ def _addresses(config: Config) -> list[tuple[int, str]]:
     addresses = LOCALHOST if config.host == "localhost" else _resolve(config.host)
     beyond = [address for _, address in addresses if not is_loopback(address)]
     if beyond and not config.insecure_http:
-        raise Invalid(
-            f"--host {config.host} ({', '.join(beyond)}) is not loopback, and whoever reaches plain http is root here; "
-            f"choose localhost, --scheme unix, or say --insecure-http"
-        )
+        raise Invalid(f"--host {config.host} ({', '.join(beyond)}) {BEYOND}")
     usable = [(family, address) for family, address in addresses if _can_bind(family, address)]
     if not usable:
         raise Invalid(f"--host {config.host}: this machine does not have the address {addresses[0][1]}")

@@ -7,6 +7,7 @@ each start has a number (`attempt`) that is on disk before it is made, and every
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -153,6 +154,17 @@ class Containers:
             run.state, run.stop_requested = "stopping", True
             self._ledger.note(record)
             self._tasks.linger(self._stop(record))
+
+    async def end(self, record: AnyRecord) -> None:
+        """Stop a container because its host is going down, and wait until it has ended, or the time for that is over:
+        then its release kills it."""
+        if self.active(record):
+            self._log(record, "stopping container: the host is going down")
+            with contextlib.suppress(Problem):
+                await self.stop(record)
+        if self.active(record):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._end_of(record).wait(), self._stop_timeout + self._operation_timeout)
 
     @staticmethod
     def _check_kept(record: AnyRecord) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from datetime import UTC, datetime
 
 from imageapi.config import Config, Site
@@ -25,6 +27,8 @@ from imageapi.store import Store
 
 log = logging.getLogger(__name__)
 
+LOOK_AGAIN = 0.05
+"""Seconds between two looks whether the kernel has let go of the last object."""
 STEPS = {"acquire": "making", "release": "releasing"}
 """What a job is called that has not said how far it is."""
 
@@ -64,7 +68,26 @@ class Engine:
         self._ledger.close()
         self._pool.close()
 
+    async def shut_down(self) -> list[str]:
+        """Stop all containers, as a request would, and release everything, since the host is going down; what the
+        kernel has not let go, a sentence each."""
+        await asyncio.gather(*(self._containers.end(record) for record in self._graph.all("container")))
+        for record in self._graph.all():
+            self._ledger.note(record, pinned=False)
+        await self._collector.collect([record.key for record in self._graph.all()])
+        deadline = time.monotonic() + self._config.cleanup_timeout
+        while self._graph.all() and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_AGAIN)  # what is busy is tried again by itself
+        left = self._graph.all()
+        return [f"{describe(one)}: {one.problem}" for one in left if one.problem] or [describe(one) for one in left]
+
     # ------------------------------------------------------------------------------------------------ reading
+
+    def summary(self) -> str:
+        """What there is, for a line of status."""
+        active = sum(self._containers.active(record) for record in self._graph.all("container"))
+        mounts, attachments = (len(self._graph.all(collection)) for collection in ("mount", "attach"))
+        return f"{active} containers run, on {mounts} mounts and {attachments} attachments"
 
     def picture(self, key: Key) -> Picture:
         """The object as it is now.
