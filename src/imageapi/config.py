@@ -125,6 +125,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_level: int = 20
     environment_file: str | None = None
     shutdown: bool = False
+    check: bool = False
 
     def site(self, instance: str) -> Site:
         return Site(
@@ -242,6 +243,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--version", action="version", version=f"imageapi-server {__version__}")
+    add(
+        "--check",
+        action="store_true",
+        help="start no server: print what is not as it should be in --run-dir, with or without a server there, and "
+        "what would mend it; ends with 0 (nothing), 1 (something) or 2 (something could not be looked at)",
+    )
 
     where = parser.add_argument_group("listeners")
     where.add_argument(

@@ -29,6 +29,8 @@ def main() -> NoReturn:
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         _check_host()
+        if config.check:
+            _check(config)
         _raise_descriptor_limit()
         site, workers_lock = rundir.prepare(config)
         watch = rundir.watching()
@@ -37,8 +39,17 @@ def main() -> NoReturn:
         _serve(config, site, control, watch, systemd)
     except (Problem, OSError) as problem:
         print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(2 if config.check else 1)
     os._exit(0)
+
+
+def _check(config: Config) -> NoReturn:
+    """Report on the host in place of serving."""
+    from imageapi.engine import check
+
+    status = check.main(config)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _check_host() -> None:

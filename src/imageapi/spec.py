@@ -339,6 +339,15 @@ class Container(Spec, frozen=True, kw_only=True):
     finished_at: Annotated[str | None, SERVER] = None
 
 
+class Finding(Spec, frozen=True, kw_only=True):
+    """What is not as it should be on the host, and what would mend it; `collection` and `id` are of an object."""
+
+    collection: str | None = None
+    id: Id | None = None
+    problem: str
+    remedy: str
+
+
 class Progress(Spec, frozen=True, kw_only=True):
     """What is being made or released at this moment. `id` is there once the object can be read; `done` and `total` are
     bytes, and there when they are known; `since` is RFC 3339, in UTC."""
@@ -356,11 +365,8 @@ Object = Attachment | Mount | Container
 """What a collection holds."""
 O = TypeVar("O", bound=Attachment | Mount | Container)  # noqa: E741  (the object a function is about)
 
-COLLECTIONS: dict[str, type[Attachment | Mount | Container]] = {
-    "attach": Attachment,
-    "mount": Mount,
-    "container": Container,
-}
+COLLECTIONS: dict[str, type[Attachment | Mount | Container]]
+COLLECTIONS = {"attach": Attachment, "mount": Mount, "container": Container}
 
 
 # ------------------------------------------------------------------------------- derived, never maintained

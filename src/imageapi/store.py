@@ -21,6 +21,7 @@ from imageapi.records import SCHEMA, AnyRecord, Key
 
 log = logging.getLogger(__name__)
 
+SUFFIX = ".json"
 COUNTERS = "counters.json"
 
 
@@ -97,7 +98,7 @@ class Store:
             return None
 
     def _path(self, key: Key) -> str:
-        return f"{self._directory}/{key.collection}/{key.id}.json"
+        return f"{self._directory}/{key.collection}/{key.id}{SUFFIX}"
 
 
 def _read(collection: str, path: str) -> AnyRecord | None:
@@ -114,15 +115,18 @@ def peek(directory: str) -> tuple[list[AnyRecord], list[str]]:
     for collection in records.RECORD_TYPES:
         for path in _files(f"{directory}/{collection}"):
             with contextlib.suppress(FileNotFoundError):
-                try:
-                    record = _read(collection, path)
-                except msgspec.MsgspecError:
-                    record = None
+                record = _peek(collection, path)
                 if record is None:
                     unread.append(path)
                 else:
                     found.append(record)
     return found, unread
+
+
+def _peek(collection: str, path: str) -> AnyRecord | None:
+    with contextlib.suppress(msgspec.MsgspecError):
+        return _read(collection, path) if path.endswith(SUFFIX) else None
+    return None
 
 
 def _files(directory: str) -> list[str]:

@@ -188,6 +188,7 @@ def running(run_dir: Path, *options: str) -> Iterator[Server]:
         if not server.runs:
             server.start()
         server.clear()
+        assert server.get("/check") == []
     finally:
         server.stop()
         server.http.close()

@@ -11,7 +11,7 @@ from imageapi.engine.graph import Graph, Picture
 from imageapi.engine.plan import Plan, plan
 from imageapi.errors import Invalid, NotFound, Unsupported
 from imageapi.records import AnyRecord, Facts, Key, Phase, Run
-from imageapi.spec import Object, Progress
+from imageapi.spec import Finding, Object, Progress
 from pure.nests import answers
 
 
@@ -41,6 +41,9 @@ class MemoryEngine(Engine):
 
     def progress(self) -> list[Progress]:
         return [Progress(collection="mount", kind="uri", step="waiting", since="2026-01-01T00:00:00Z")]
+
+    async def check(self) -> list[Finding]:
+        return [Finding(collection="mount", id=3, problem="it is gone", remedy="make it again")]
 
     async def create(self, thing: Object) -> Picture:
         self._fail()

@@ -49,7 +49,7 @@ def test_every_line_of_the_contracts_tables_is_there(document: Any) -> None:
     one = "/container/byname/{name}"
     assert {path.removeprefix("/imageapi/v1") for path in document["paths"]} == {
         "/attach", "/mount", "/container", "/attach/{id}", "/mount/{id}", "/container/{id}", "/container/{id}/{state}",
-        "/progress", one, f"{one}/{{state}}", *kinds, *(f"{kind}/{{id}}" for kind in kinds),
+        "/check", "/progress", one, f"{one}/{{state}}", *kinds, *(f"{kind}/{{id}}" for kind in kinds),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from imageapi.api.dialects import ALIASES, KINDS
 from imageapi.api.paths import Route
 from imageapi.api.resource import Operation, Resource
 from imageapi.api.rules import MOST_ADDRESSES
-from imageapi.spec import Mount, Progress, Spec
+from imageapi.spec import Finding, Mount, Progress, Spec
 
 Schema = dict[str, Any]
 
@@ -43,7 +43,7 @@ PARAMETERS: dict[str, Schema] = {
     "force": {"type": "string", "enum": ["true", "false", "1", "0"], "default": "false"},
 }
 """The schema of each parameter, in a path or a query."""
-SHOWN: dict[str, type[Spec]] = {**spec.COLLECTIONS, "progress": Progress}
+SHOWN: dict[str, type[Spec]] = {**spec.COLLECTIONS, "progress": Progress, "check": Finding}
 """What there is to read, by the word in its path."""
 
 

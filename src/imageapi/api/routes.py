@@ -36,6 +36,7 @@ class Routes:
         """All routes, the more particular ones first: digits are an id, anything else a kind."""
         routes = [*self._of_kinds("attach"), *self._of_kinds("mount"), *self._of_containers()]
         routes.append(Route(f"{BASE}/progress", Resource(GET=Operation(self._progress))))
+        routes.append(Route(f"{BASE}/check", Resource(GET=Operation(self._check))))
         described = cache(lambda: openapi.document(routes))
 
         async def handler(request: Request, query: Query) -> Json:
@@ -45,6 +46,9 @@ class Routes:
 
     async def _progress(self, request: Request, query: Query) -> Json:
         return Json(self._engine.progress())
+
+    async def _check(self, request: Request, query: Query) -> Json:
+        return Json(await self._engine.check())
 
     def _of_kinds(self, collection: str) -> list[Route]:
         base = f"{BASE}/{collection}"

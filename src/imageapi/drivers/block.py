@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 
 from imageapi.drivers import holders, partitions
 from imageapi.errors import Conflict, Invalid
@@ -11,11 +12,11 @@ from imageapi.linux import blockqueue, loop, mountinfo, users
 from imageapi.records import Facts
 
 
-def marked(prefix: str) -> dict[str, str]:
-    """The loop devices whose name begins with `prefix`, by name; but for those on what a storage helper exports, a
-    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang."""
+def marked(prefix: str, but: Collection[str] = ()) -> dict[str, str]:
+    """The loop devices whose name begins with `prefix`, by name; without the devices `but`, and without those on what
+    a storage helper exports, a file that is a FUSE mount: whoever asks for the name asks the file, and it may hang."""
     exports = {each.mountpoint for each in mountinfo.read(mention="fuse") if each.fstype.startswith("fuse")}
-    return loop.marked(prefix, skip=exports)
+    return loop.marked(prefix, skip={*exports, *but})
 
 
 def find_loop(mark: str, known: str | None) -> str | None:

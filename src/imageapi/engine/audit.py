@@ -33,6 +33,23 @@ class Look(NamedTuple):
     watches: set[int]
 
 
+class Found(NamedTuple):
+    """One thing that is not as it should be: a sentence, and what would mend it. `about` is the object it is about;
+    `of` the object that it would be of, if there were a record, or the number that its directories would have."""
+
+    problem: str
+    remedy: str
+    about: Key | None = None
+    of: Key | int | None = None
+
+
+class Report(NamedTuple):
+    """What was found, and what could not be looked at, each with its reason."""
+
+    found: list[Found]
+    unseen: dict[str, str]
+
+
 def look(site: Site, boot_id: str, instance: int) -> Look:
     """Compare all live objects with the host; `instance` is that of inotify, -1 for none.
 
@@ -47,9 +64,13 @@ def look(site: Site, boot_id: str, instance: int) -> Look:
 
 
 def live(site: Site, boot_id: str) -> list[AnyRecord]:
-    """The records of what stands, or should. Those of another boot mean nothing."""
-    standing = (record for record in peek(site.state_dir)[0] if record.phase is Phase.LIVE)
-    return [record for record in standing if record.boot_id == boot_id and not isinstance(record.spec, Container)]
+    """The records of what stands, or should."""
+    return [record for record in peek(site.state_dir)[0] if is_live(record, boot_id)]
+
+
+def is_live(record: AnyRecord, boot_id: str) -> bool:
+    """Whether the kernel should have the object. The records of another boot mean nothing."""
+    return record.phase is Phase.LIVE and record.boot_id == boot_id and not isinstance(record.spec, Container)
 
 
 def audit(records: list[AnyRecord], site: Site, host: Host) -> list[Finding]:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 
-from imageapi.engine.audit import Finding, Look
+from imageapi.engine.audit import Finding, Found, Look, Report
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
@@ -72,6 +72,19 @@ class Auditor:
             watch.keep(seen.watches)
         self._say(dict(self._verdicts(seen.findings)))
         return True
+
+    async def check(self) -> Report:
+        """The leak report, without what is being done just now. Raises: errors.Problem."""
+        report: Report = await self._jobs.run(APART, Job("check", self._boot_id))
+        return report._replace(found=[one for one in report.found if self._is_left(one)])
+
+    def _is_left(self, one: Found) -> bool:
+        if isinstance(one.of, Key) and self._graph.find(one.of) is not None:
+            return False
+        if isinstance(one.of, int) and self._graph.token_taken(one.of):
+            return False
+        record = None if one.about is None else self._graph.find(one.about)
+        return one.about is None or (record is not None and (record.phase is Phase.LIVE or record.problem is not None))
 
     def _verdicts(self, findings: list[Finding]) -> Iterator[tuple[Key, str]]:
         """What is to be said of which object: first of those that something is wrong with, then of those above."""

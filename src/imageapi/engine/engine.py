@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from imageapi.config import Config, Site
 from imageapi.engine.apply import Applier
+from imageapi.engine.audit import Found
 from imageapi.engine.auditor import Auditor
 from imageapi.engine.collect import Collector
 from imageapi.engine.containers import Containers
@@ -22,7 +23,7 @@ from imageapi.engine.watch import Watch
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut, Unsupported
 from imageapi.records import AnyRecord, Key, Phase, snapshot
 from imageapi.runtime import command
-from imageapi.spec import Container, Object, Progress
+from imageapi.spec import Container, Finding, Object, Progress
 from imageapi.store import Store
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ LOOK_AGAIN = 0.05
 """Seconds between two looks whether the kernel has let go of the last object."""
 STEPS = {"acquire": "making", "release": "releasing"}
 """What a job is called that has not said how far it is."""
+HUNG = "see which storage does not answer, and ask again"
 
 
 class Engine:
@@ -117,6 +119,15 @@ class Engine:
             for job in self._jobs.doing()
             if job.name in STEPS and (record := job.about)
         ]
+
+    async def check(self) -> list[Finding]:
+        """What is not as it should be on the host, and what could not be looked at.
+
+        Raises: errors.Problem.
+        """
+        report = await self._auditor.check()
+        hung = [Finding(problem=f"could not look at {name}: {why}", remedy=HUNG) for name, why in report.unseen.items()]
+        return [*map(_finding, report.found), *hung]
 
     # ----------------------------------------------------------------------------------------------- changing
 
@@ -222,6 +233,11 @@ class Engine:
         """The object and all below it, kept as they are now."""
         now = self._graph.picture(key)
         return now._replace(records={one: snapshot(other) for one, other in now.records.items()})
+
+
+def _finding(found: Found) -> Finding:
+    collection, number = found.about or (None, None)
+    return Finding(collection=collection, id=number, problem=found.problem, remedy=found.remedy)
 
 
 def _told(job: Job, record: AnyRecord, *, shown: bool) -> Progress:

@@ -59,7 +59,7 @@ class Job:
     @property
     def about(self) -> AnyRecord | None:
         """The record that the job is done for."""
-        return self.arguments[0] if isinstance(self.arguments[0], Record) else None
+        return next((argument for argument in self.arguments if isinstance(argument, Record)), None)
 
     def begun(self) -> bool:
         """Whether it may have had an effect."""

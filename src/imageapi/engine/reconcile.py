@@ -102,11 +102,8 @@ class Reconciler:
                 self._ledger.fault([record.key], "its making was interrupted; delete it, and make it again")
 
     async def _sweep(self) -> None:
-        records = self._graph.all()
-        keys = {record.key for record in records}
-        tokens = {record.token for record in records}
         try:
-            removed = await self._jobs.run(LOCAL_STORE, Job("sweep", keys, tokens), PATIENCE)
+            removed = await self._jobs.run(LOCAL_STORE, Job("sweep"), PATIENCE)
         except Problem as problem:
             log.error("what is left without a record is not swept: %s", problem.message)
             return

@@ -96,12 +96,17 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
+def instance(run_dir: str) -> str | None:
+    """The id of a run directory; None of one that no server has worked in."""
+    with contextlib.suppress(FileNotFoundError), open(f"{run_dir}/instance") as file:
+        return file.read().strip() or None  # there was no room for it
+    return None
+
+
 def _instance(run_dir: str) -> str:
     """The directory's own id, drawn when it was new."""
-    path = f"{run_dir}/instance"
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        if found := file.read().strip():  # else there was no room for it
-            return found
+    if known := instance(run_dir):
+        return known
     drawn = os.urandom(4).hex()
-    whole.write(path, f"{drawn}\n".encode())
+    whole.write(f"{run_dir}/instance", f"{drawn}\n".encode())
     return drawn

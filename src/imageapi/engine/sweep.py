@@ -1,6 +1,8 @@
-"""What stands in the kernel or under the run directory with our mark, and has no record: found at start, and removed.
+"""What stands in the kernel or under the run directory with our mark, and has no record: found at every check, and
+removed at the start.
 
 A record is written before anything is made, so this finds something only when a record was lost or removed by hand.
+What a supervisor keeps is its own to clear away (runtime/supervisor.py).
 """
 
 from __future__ import annotations
@@ -9,41 +11,91 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, progress, storage_daemon
 from imageapi.errors import Problem
-from imageapi.linux import iscsi, mountinfo
+from imageapi.linux import iscsi, krbd, mountinfo
 from imageapi.linux.tree import remove_tree
-from imageapi.records import Key
+from imageapi.records import AnyRecord, Key
+from imageapi.store import peek
 
 log = logging.getLogger(__name__)
 
 _OURS = re.compile(r"(mount|upper|work)_(\d{9})")
 
 
-def sweep(site: Site, keys: Collection[Key], tokens: Collection[int]) -> list[str]:
-    """Remove what belongs to none of the records with these keys and tokens; what was removed, for the log.
+class Known(NamedTuple):
+    """What there are records of: objects, the numbers of their directories, and devices."""
+
+    keys: frozenset[Key]
+    tokens: frozenset[int]
+    devices: frozenset[str]
+
+    @classmethod
+    def of(cls, records: Iterable[AnyRecord]) -> Known:
+        every = list(records)
+        devices = {record.facts.device_file or record.facts.detail.get("device") for record in every}
+        return cls(
+            frozenset(record.key for record in every),
+            frozenset(record.token for record in every),
+            frozenset(filter(None, devices)),
+        )
+
+
+class Stray(NamedTuple):
+    """One thing without a record: what it is; the commands that would take it away; a function that does; and whose it
+    would be: the number of a directory, or an object."""
+
+    what: str
+    remedy: str
+    remove: Callable[[], object]
+    of: Key | int | None
+
+
+Search = Callable[[Site, Known], Iterator[Stray]]
+
+
+def sweep(site: Site) -> list[str]:
+    """Remove all strays; what was removed, for the log. To be done while nothing is made.
 
     What cannot be removed is left, and logged by its error: the next start tries again.
     """
-    return [
-        *_sweep_mounts(site, tokens),
-        *_sweep_loops(site, keys),
-        *_sweep_exports(site, keys),
-        *_sweep_sessions(site, keys),
-    ]
+    known = Known.of(peek(site.state_dir)[0])
+    return [removed for search in SEARCHES.values() for stray in search(site, known) for removed in _attempt(stray)]
 
 
-def _sweep_mounts(site: Site, tokens: Collection[int]) -> list[str]:
-    removed = []
-    for name in sorted(os.listdir(site.mounts_dir)):
-        match = _OURS.fullmatch(name)
-        if match and int(match[2]) not in tokens:
-            removed += _attempt(_clear_directory, f"{site.mounts_dir}/{name}")
-    return removed
+def _attempt(stray: Stray) -> list[str]:
+    """What the stray is, if it could be removed, as a list of one or none.
+
+    Raises: LeftOff, when the server has ceased to wait: by now it may have something of its own there.
+    """
+    progress.tell(f"removing {stray.what}")
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            stray.remove()
+        except (OSError, Problem, TimeoutError) as error:
+            log.warning("%s has no record, and cannot be removed: %s", stray.what, error)
+            return []
+    return [stray.what]
+
+
+# ------------------------------------------------------------------------------------------------ what is looked for
+
+
+def _mounts(site: Site, known: Known) -> Iterator[Stray]:
+    names = sorted(os.listdir(site.mounts_dir)) if os.path.isdir(site.mounts_dir) else []
+    for match in filter(None, map(_OURS.fullmatch, names)):
+        if int(match[2]) not in known.tokens:
+            path = f"{site.mounts_dir}/{match[0]}"
+            unmount = f"umount {path}; " * len(mountinfo.stack(path))
+            removal = "rmdir" if match[1] == "mount" else "rm -r"
+            yield Stray(
+                f"the directory {path}", f"{unmount}{removal} {path}", partial(_clear_directory, path), int(match[2])
+            )
 
 
 def _clear_directory(path: str) -> None:
@@ -57,49 +109,56 @@ def _clear_directory(path: str) -> None:
         remove_tree(path)
 
 
-def _sweep_loops(site: Site, keys: Collection[Key]) -> list[str]:
-    marks = {site.mark(key) for key in keys}
-    removed = []
-    for mark, device in block.marked(site.mark_prefix).items():
-        if mark not in marks:
-            removed += _attempt(block.detach_loop, device)
-    return removed
+def _loops(site: Site, known: Known) -> Iterator[Stray]:
+    for mark, device in block.marked(site.mark_prefix, but=known.devices).items():
+        key = _marked(mark, site)
+        if key not in known.keys:
+            what = f"the loop device {device}, marked {mark}"
+            yield Stray(what, f"losetup -d {device}", partial(block.detach_loop, device, mark), key)
 
 
-def _sweep_exports(site: Site, keys: Collection[Key]) -> list[str]:
-    removed = []
-    for key in storage_daemon.exports(site):
-        if key not in keys:
-            removed += _attempt(partial(_abandon, key, site), f"the export of {key}")
-    return removed
+def _marked(mark: str, site: Site) -> Key | None:
+    """The object of a mark of this site's; None for what only looks like one."""
+    collection, _, number = mark.removeprefix(site.mark_prefix).partition("/")
+    return Key(collection, int(number)) if number.isdigit() else None
 
 
-def _sweep_sessions(site: Site, keys: Collection[Key]) -> list[str]:
+def _exports(site: Site, known: Known) -> Iterator[Stray]:
+    keys = storage_daemon.exports(site) if os.path.isdir(site.helpers_dir) else []
+    for key in keys:
+        if key not in known.keys:
+            file = storage_daemon.export_path(site, key)
+            remedy = f"umount {file}; rm -r {os.path.dirname(file)}"
+            yield Stray(f"the storage daemon's export {file}", remedy, partial(exported.abandon, key, site), key)
+
+
+def _sessions(site: Site, known: Known) -> Iterator[Stray]:
     if not iscsi.available():
-        return []
+        return
     from imageapi.drivers.iscsi import kernel  # not for those who have no use for it: everything is forked from here
 
-    removed = []
     for key in kernel.strays(site):
-        if key not in keys:
-            removed += _attempt(lambda _, key=key: kernel.abandon(key, site), f"the iSCSI sessions of {key}")  # type: ignore[misc]
-    return removed
+        if key not in known.keys:
+            numbers = [session.id for session in kernel.ours(site, key)]
+            remedy = "; ".join(f"iscsiadm -m session -r {number} -u" for number in numbers)
+            what = f"the iSCSI sessions or records of {key}"
+            yield Stray(what, remedy or "restart imageapi-server", partial(kernel.abandon, key, site), key)
 
 
-def _abandon(key: Key, site: Site, _: str) -> None:
-    exported.abandon(key, site)
+def _images(site: Site, known: Known) -> Iterator[Stray]:
+    for device in krbd.devices() if krbd.available() else ():
+        mark = device.options.get("key", "")
+        key = _marked(mark, site)
+        if mark.startswith(site.mark_prefix) and key not in known.keys:
+            what = f"the RBD device {device.file}, marked {mark}"
+            yield Stray(what, f"rbd unmap {device.file}", partial(krbd.unmap, device.id), key)
 
 
-def _attempt(remove: Callable[[str], None], what: str) -> list[str]:
-    """`what`, if it could be removed, as a list of one or none.
-
-    Raises: LeftOff, when the server has ceased to wait: by now it may have something of its own there.
-    """
-    progress.tell(f"removing {what}")
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            remove(what)
-        except (OSError, Problem) as error:
-            log.warning("%s has no record, and cannot be removed: %s", what, error)
-            return []
-    return [what]
+SEARCHES: dict[str, Search] = {
+    "the mounts": _mounts,
+    "the loop devices": _loops,
+    "the storage daemons": _exports,
+    "the iSCSI sessions": _sessions,
+    "the RBD devices": _images,
+}
+"""By what is looked through. What stands on something comes before it."""

@@ -108,7 +108,7 @@ def failure(error: OSError, step: str) -> bytes:
 
 
 def _explain(error: OSError, name: str, arguments: Sequence[Any]) -> errors.Problem:
-    about = arguments[0]
+    about: Any = next(iter(arguments), "the host")
     what = f"{about.kind} {about.key}" if hasattr(about, "key") else str(about)
     return errors.from_oserror(error, f"{name} of {what}")
 
@@ -134,11 +134,18 @@ def sync(site: Site, mountpoint: str) -> None:
     syncfs.syncfs(mountpoint)
 
 
-def sweep(site: Site, *arguments: Any) -> list[str]:
+def sweep(site: Site) -> list[str]:
     """See sweep.sweep. It is done once, at the start, and takes modules that hardly anything else does."""
     from imageapi.engine import sweep
 
-    return sweep.sweep(site, *arguments)
+    return sweep.sweep(site)
+
+
+def check(site: Site, boot_id: str) -> Any:
+    """See check.check."""
+    from imageapi.engine import check
+
+    return check.check(site, boot_id)
 
 
 def audit(site: Site, *arguments: Any) -> Any:
@@ -155,4 +162,5 @@ JOBS: dict[str, Callable[..., Any]] = {
     "sync": sync,
     "sweep": sweep,
     "audit": audit,
+    "check": check,
 }

@@ -6,11 +6,15 @@ their process is killed. So the call is made in a child of this process, which i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pickle
 import select
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from imageapi.linux.process import die_with_parent
 
@@ -67,3 +71,63 @@ def _kill_after(child: int, seconds: float) -> None:
             os.kill(child, signal.SIGKILL)
     finally:
         os.close(pidfd)
+
+
+# ------------------------------------------------------------------------------------------------- many, with answers
+
+
+def ask(questions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+    """The answer to each question, by its name: what the function returns, or the exception that it raised. Each is
+    asked in a child of its own, all at once. One that has not answered after `seconds` is killed, and not waited for:
+    its answer is a TimeoutError."""
+    ends = {name: _child_for(function) for name, function in questions.items()}
+    said = _hear({end: name for name, (_, end) in ends.items()}, time.monotonic() + seconds)
+    for pid, end in ends.values():
+        os.close(end)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for name, (pid, _) in ends.items():
+        os.waitpid(pid, 0 if said[name] else os.WNOHANG)
+    return {name: _answer(data) for name, data in said.items()}
+
+
+def _child_for(function: Callable[[], Any]) -> tuple[int, int]:
+    """A child that has been asked, and the end of the pipe in which its answer comes."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            die_with_parent(signal.SIGKILL)
+            os.close(ours)
+            with open(theirs, "wb") as pipe:
+                pipe.write(_outcome_of(function))
+        os._exit(0)
+    os.close(theirs)
+    return child, ours
+
+
+def _outcome_of(function: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps(function())
+    except Exception as error:
+        return pickle.dumps(OSError(f"{type(error).__name__}: {error}"))
+
+
+def _hear(pending: dict[int, str], deadline: float) -> dict[str, bytes]:
+    """What has come until the deadline from each end of a pipe; nothing of one that was not closed by then."""
+    said = dict.fromkeys(pending.values(), b"")
+    poller = select.poll()
+    for end in pending:
+        poller.register(end, select.POLLIN)
+    while pending and (left := deadline - time.monotonic()) > 0:
+        for end, _ in poller.poll(left * 1000):
+            data = os.read(end, 1 << 16)
+            said[pending[end]] += data
+            if not data:
+                poller.unregister(end)
+                del pending[end]
+    return {name: b"" if name in pending.values() else data for name, data in said.items()}
+
+
+def _answer(data: bytes) -> Any:
+    return pickle.loads(data) if data else TimeoutError(errno.ETIMEDOUT, "it hangs")

@@ -227,12 +227,12 @@ def _still_carries(device: str, name: str | None) -> bool:
 
 
 def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:
-    """The devices in use whose name begins with `prefix`, by name. Those of the files `skip` are not looked at: one
+    """The devices in use whose name begins with `prefix`, by name. Devices and files in `skip` are not looked at: one
     file that hangs would hang the whole search."""
     found: dict[str, str] = {}
     for number in _in_use():
         device = f"/dev/loop{number}"
-        if skip and backing_path(device) in skip:
+        if skip and (device in skip or backing_path(device) in skip):
             continue
         with contextlib.suppress(OSError):
             state = status(device)

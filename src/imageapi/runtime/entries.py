@@ -52,6 +52,26 @@ def load(directory: int, boot_id: str) -> list[Entry]:
     return found
 
 
+def peek(directory: str, boot_id: str) -> list[Entry]:
+    """The entries of this boot, for who is not the supervisor; `directory` is its path. What cannot be read is just
+    being written, or is none."""
+    try:
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    try:
+        read = (_peek(opened, name) for name in sorted(os.listdir(opened)) if name.endswith(SUFFIX))
+        return [entry for entry in read if entry is not None and entry.boot_id == boot_id]
+    finally:
+        os.close(opened)
+
+
+def _peek(directory: int, name: str) -> Entry | None:
+    with contextlib.suppress(FileNotFoundError):
+        return _read(directory, name)
+    return None
+
+
 def _read(directory: int, name: str) -> Entry | None:
     file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:

@@ -117,6 +117,6 @@ def swept(fields: dict[str, Any]) -> dict[str, Any]:
     with site() as where:
         os.mkdir(where.mounts_dir)
         DRIVER.acquire(record(fields, 7), [], where)
-        removed = sweep.sweep(where, [], [])
+        removed = sweep.sweep(where)
         os.rmdir(where.mounts_dir)
         return {"removed": removed, "left": left(where)}

@@ -124,7 +124,7 @@ def test_a_host_without_iscsid_is_told_to_start_it_and_sessions_without_a_record
     assert (problem["code"], "systemctl start iscsid" in problem["message"]) == (501, True), problem
     run_iscsid(guest)
     found = guest.call("drivers.iscsi.in_guest:swept", asked())
-    assert found == {"removed": ["the iSCSI sessions of attach 7"], "left": []}
+    assert found == {"removed": ["the iSCSI sessions or records of attach 7"], "left": []}
 
 
 def test_an_attach_and_a_detach_killed_halfway_leave_nothing(initiator: Guest) -> None:

@@ -1,0 +1,117 @@
+"""The leak report: all that is not as it should be on this host, each with what would mend it. Nothing is changed.
+
+It needs no server, and works beside one: what is only on its way in or out is not there at the next look, and is left
+out. Each part of it is looked at by a process of its own, so that storage that hangs costs that part alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from imageapi.config import Config, Site
+from imageapi.drivers.audit import Host, delete
+from imageapi.engine import rundir
+from imageapi.engine.audit import Found, Report, audit, is_live
+from imageapi.engine.sweep import SEARCHES, Known, Search
+from imageapi.linux import killable
+from imageapi.records import AnyRecord, Phase
+from imageapi.runtime import leftovers
+from imageapi.runtime.leftovers import Leftover, Scene
+from imageapi.store import peek
+
+DEADLINE = 4.0
+"""Seconds for one look; what has not come back by then hangs."""
+PAUSES = (0.2, 0.5, 1.0)
+"""Seconds before each further look: only what all looks have found is told."""
+
+
+def check(site: Site, boot_id: str) -> Report:
+    """All that stays wrong for as long as something is wrong. Raises: OSError."""
+    report = _look(site, boot_id)
+    for pause in PAUSES:
+        if not report.found:
+            break
+        time.sleep(pause)
+        again = _look(site, boot_id)
+        report = Report([one for one in report.found if one in again.found], report.unseen | again.unseen)
+    return report
+
+
+def _look(site: Site, boot_id: str) -> Report:
+    """What is made meanwhile has a record afterwards, and what goes has one before, or none afterwards."""
+    before, unread = peek(site.state_dir)
+    answers = killable.ask(_questions(site, boot_id, before), DEADLINE)
+    after = peek(site.state_dir)[0]
+    known, standing = Known.of(after), {(record.key, record.token) for record in after if record.phase is Phase.LIVE}
+    tokens = {record.key: record.token for record in before}
+    found = [one for answer in answers.values() if not isinstance(answer, Exception) for one in answer]
+    kept = [
+        one
+        for one in found
+        if one.of not in known.keys
+        and one.of not in known.tokens
+        and (one.about is None or (one.about, tokens.get(one.about)) in standing)
+    ]
+    unseen = {name: str(answer) for name, answer in answers.items() if isinstance(answer, Exception)}
+    return Report([*kept, *_pending(after), *map(_unreadable, unread)], unseen)
+
+
+def _questions(site: Site, boot_id: str, records: list[AnyRecord]) -> dict[str, Callable[[], list[Found]]]:
+    known = Known.of(records)
+    seen = leftovers.scene(site, boot_id, known.keys)
+    live = [record for record in records if is_live(record, boot_id)]
+    return {
+        "the objects": partial(_audited, live, site),
+        **{name: partial(_strays, search, site, known) for name, search in SEARCHES.items()},
+        **{name: partial(_leftovers, search, seen) for name, search in leftovers.SEARCHES.items()},
+    }
+
+
+def _audited(records: list[AnyRecord], site: Site) -> list[Found]:
+    findings = audit(records, site, Host())
+    return [Found(one.wrong.problem, one.wrong.remedy, about=one.key) for one in findings]
+
+
+def _strays(search: Search, site: Site, known: Known) -> list[Found]:
+    return [Found(f"{stray.what} has no record", stray.remedy, of=stray.of) for stray in search(site, known)]
+
+
+def _leftovers(search: Callable[[Scene], Iterator[Leftover]], seen: Scene) -> list[Found]:
+    return [Found(one.what, one.remedy, of=one.of) for one in search(seen)]
+
+
+def _pending(records: Iterable[AnyRecord]) -> list[Found]:
+    """What the kernel does not let go, and what stands on something that was deleted by force."""
+    every = list(records)
+    keys = {record.key for record in every}
+    pending = [record for record in every if record.phase is Phase.RELEASING and record.problem]
+    bereft = [record for record in every if record.phase is Phase.LIVE and not keys.issuperset(record.edges())]
+    return [
+        *(Found(record.problem or "", "see to what is said of it", record.key) for record in pending),
+        *(Found("what it stands on was deleted", delete(record), record.key) for record in bereft),
+    ]
+
+
+def _unreadable(path: str) -> Found:
+    """A file beside the records."""
+    return Found(f"{path} is no record that this version can read", f"rm {path}")
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def main(config: Config) -> int:
+    """Print the report on a run directory, with or without a server in it. What the process is to end with: 0 when
+    all is as it should be, 1 when something is not, 2 when something could not be looked at."""
+    instance = rundir.instance(config.run_dir)
+    if instance is None:
+        return 0
+    report = check(config.site(instance), rundir.boot_id())
+    for one in report.found:
+        print(f"{one.about}: {one.problem}" if one.about else one.problem, f"    {one.remedy}", sep="\n")
+    for name, reason in report.unseen.items():
+        print(f"could not look at {name}: {reason}", file=sys.stderr)
+    return 2 if report.unseen else int(bool(report.found))
