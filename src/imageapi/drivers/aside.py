@@ -1,47 +1,115 @@
-"""A system call that may hang, made in a child of its own, which can be killed.
+"""A system call that may hang for a store, made by a process of its own, which goes on when its caller ends.
 
-Some of the kernel's waits for a store end for a fatal signal only, and such a signal ends the whole process: so who
-wants to go on afterwards has the call made aside. While it is under way its name is taken, on a socket address that the
-kernel frees when the last of the two processes is gone: whoever undoes what the call makes waits for that first.
+Some of the kernel's waits for a store end for a fatal signal only. What such a signal breaks off may be half done for
+ever: an rbd image whose unmapping is broken off stays locked in its cluster, and nobody can write to it again while
+this host lives. So the process is nobody's child, and neither our end nor the server's reaches it.
+
+While a call is under way its name is taken, on a socket address that the kernel frees when the process is gone: whoever
+undoes what the call makes waits for that first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import select
+import signal
 import socket
 import time
 from collections.abc import Callable
 
 from imageapi.errors import TimedOut
-from imageapi.linux import killable
+from imageapi.linux import process
 
 FIRST_PAUSE = 0.001
+KILLED = 1.0
+"""Seconds that a process has to end once it was killed; one that waits where no signal reaches it takes longer."""
+_BUG = 255
+"""What a process writes whose call failed by something else than the kernel; an errno is its own number, and 0 success.
+One that is killed writes nothing."""
 
 
-def call(name: str, seconds: float, function: Callable[[], object]) -> None:
-    """Have `function` called in a child, which is killed after `seconds` (killable.call).
+def call(name: str, seconds: float, function: Callable[[], object], *, expendable: bool) -> None:
+    """Have `function` called, of which only the effect on the kernel counts. One that takes longer than `seconds` is
+    killed when it is `expendable`, and goes on otherwise.
 
-    Raises: TimeoutError when it was killed; the OSError that `function` raised.
+    Raises: TimeoutError; the OSError that `function` raised.
     """
-    with _taken(name):
-        killable.call(function, seconds, name)
+    reading, writing = os.pipe()
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, reading)
+        with contextlib.ExitStack() as handed:
+            handed.callback(os.close, writing)
+            address = handed.enter_context(_taken(name))
+            child = os.fork()
+            if child == 0:
+                _leave(address.fileno(), writing, seconds if expendable else 0, function)
+        os.waitpid(child, 0)
+        _hear(reading, seconds + (KILLED if expendable else 0), name)
 
 
-def settled(name: str, seconds: float) -> None:
+def _leave(address: int, writing: int, seconds: float, function: Callable[[], object]) -> None:
+    """In the child: end, and leave one behind that has no parent, and nothing of ours but its name and its answer. The
+    name is free when the answer is there."""
+    try:
+        if os.fork() == 0:
+            _detach(address, writing)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            answer = _outcome(function)
+            os.close(address)
+            os.write(writing, bytes([answer]))
+    except OSError as error:
+        os.write(writing, bytes([error.errno or _BUG]))
+    finally:
+        os._exit(0)
+
+
+def _detach(*kept: int) -> None:
+    os.setsid()
+    process.name("imageapi-aside")
+    process.close_all_but(*kept)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _outcome(function: Callable[[], object]) -> int:
+    try:
+        function()
+    except OSError as error:
+        return error.errno or _BUG
+    except BaseException:
+        return _BUG
+    return 0
+
+
+def _hear(reading: int, seconds: float, what: str) -> None:
+    """The end of the call, as `call` raises it."""
+    ready, _, _ = select.select([reading], [], [], max(seconds, 0))
+    answer = os.read(reading, 1) if ready else b""
+    if not answer:
+        raise TimeoutError(errno.ETIMEDOUT, "it has not come back in time", what)
+    if number := answer[0]:
+        raise RuntimeError(f"{what}: a bug") if number == _BUG else OSError(number, os.strerror(number), what)
+
+
+def settled(name: str, seconds: float, what: str) -> None:
     """Return once no call of this name is under way.
 
-    Raises: errors.TimedOut, when one still is.
+    Raises: errors.TimedOut, which says `what`, when one still is.
     """
     end, pause = time.monotonic() + seconds, FIRST_PAUSE
     while not _is_free(name):
         if time.monotonic() > end:
-            raise TimedOut("the kernel has not come back from making it; it is undone when it does")
+            raise TimedOut(what)
         time.sleep(pause)
         pause *= 2
 
 
 def _taken(name: str) -> socket.socket:
-    """The address `name` (unix(7), abstract); a child has it too, until it ends."""
+    """The address `name` (unix(7), abstract); a process that has it keeps it until it ends."""
     address = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         address.bind(f"\0{name}")

@@ -91,8 +91,20 @@ def busy(device: str) -> Conflict:
     devs = {_dev(each) for each in (device, *parts)}
     mounts = [f"the mount at {each.mountpoint}" for each in mountinfo.read() if each.dev in devs]
     devices = sorted(_above(device).union(*map(_above, parts)) - parts)
-    pids = [pid for dev in devs for pid in mountinfo.holders(dev)]
-    return holders.busy(device, [*pids, *users.using(device, *parts)], [*mounts, *devices])
+    pids = [*(pid for dev in devs for pid in mountinfo.holders(dev)), *users.using(device, *parts)]
+    if not (pids or mounts or devices) and (waits := waiting(device)):
+        return waits
+    return holders.busy(device, pids, [*mounts, *devices])
+
+
+def waiting(device: str) -> Conflict | None:
+    """The refusal because of requests that the device has not answered, if there are any. Who made them may have ended,
+    or be a file system that is unmounted already as far as anybody can see."""
+    name = os.path.basename(os.path.realpath(f"/sys/dev/block/{_dev(device)}"))
+    if not (number := blockqueue.in_flight(name)):
+        return None
+    what = f"{number} requests that its store has not answered"
+    return Conflict(f"{device} has {what}: see to the store; it is free when they are answered", holders=[what])
 
 
 def _partitions(device: str) -> set[str]:

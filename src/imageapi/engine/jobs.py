@@ -146,7 +146,8 @@ class Series:
         what = f"{job.name} of {describe(about) if about else 'the host'} {late}"
         if self._chain.worker is None:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
-        return f"{what}: {where} does not answer; see to it, or delete what needs it"
+        remedy = "it goes when that is back" if job.name == "release" else "see to it, or delete what needs it"
+        return f"{what}: {where} does not answer; {remedy}"
 
 
 async def _wait_while_it_moves(job: Job, limit: float) -> None:

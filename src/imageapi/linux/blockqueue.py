@@ -26,6 +26,11 @@ def set_scheduler(name: str, scheduler: str) -> None:
     sysfs.write(f"/sys/block/{name}/queue/scheduler", scheduler)
 
 
+def in_flight(name: str) -> int:
+    """How many requests, reads and writes, it has not answered yet."""
+    return sum(map(int, sysfs.read(f"/sys/class/block/{name}/inflight").split()))
+
+
 def set_read_only(device: str) -> None:
     """Have the kernel refuse writes to a device (BLKROSET, ioctl_list(2)), whoever opens it.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from lab.guest.guest import Guest
-from lab.guest.server import GuestServer
+from lab.guest.server import GuestServer, running
 from lab.nfs import NfsServer
 
 
@@ -23,7 +23,5 @@ def storage(guest: Guest) -> NfsServer:
 @pytest.fixture
 def impatient_server(guest: Guest) -> Iterator[GuestServer]:
     """A server in the guest that waits for nothing longer than six seconds."""
-    server = GuestServer(guest, "--operation-timeout", "6s")
-    server.start()
-    yield server
-    server.remove()
+    with running(guest, "--operation-timeout", "6s") as server:
+        yield server

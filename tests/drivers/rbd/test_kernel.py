@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from lab.ceph import Cluster
 from lab.guest.guest import Guest
 from lab.guest.network import SERVER, SERVER_V6, Network
-from lab.guest.server import GuestServer
+from lab.guest.server import GuestServer, running
 from lab.images import small_image
 from lab.machine import Machine
 from lab.server import box, eventually
@@ -211,28 +213,61 @@ def test_a_device_in_use_stays_and_its_user_is_named(guest_server: GuestServer, 
     guest_server.delete(f"/attach/rbd/{made['id']}")
 
 
-def test_an_osd_that_dies_costs_only_what_needs_it(
-    guest_server: GuestServer, ceph: Cluster, machine: Machine, rbd: Body
-) -> None:
-    """A read waits for it and completes; an attach says what it waited for; another store is not concerned."""
-    guest = guest_server.guest
-    made = guest_server.post("/attach/rbd", rbd(ro=True))
-    ceph.kill_osd()
-    guest.sh("echo 3 >/proc/sys/vm/drop_caches")
-    reader = guest.start("sh", "-c", f"sha256sum {made['device_file']} >/tmp/read")
-    problem = guest_server.refused("POST", "/attach/rbd", 504, rbd(snapshot="one", mount_timeout=1))
-    assert "OSDs of pool 'rbd'" in problem["message"]
-    path = guest.put(small_image(), "/tmp/image")
-    local = guest_server.post("/attach/loopback", {"path": path, "base": "root", "ro": True})
-    guest_server.delete(f"/attach/loopback/{local['id']}")
-    with machine.expecting():
-        ceph.restart_osd()
-    guest.await_end(reader)
-    assert guest.read("/tmp/read").split()[0].decode() == digest(small_image())
-    again = guest_server.post("/attach/rbd", rbd(snapshot="one"))
-    assert len(guest_server.get("/attach")) == 2
-    guest_server.delete(f"/attach/rbd/{again['id']}")
-    guest.run("rm", "/tmp/read", path)
+def test_osds_that_are_away_cost_only_what_needs_them(guest: Guest, ceph: Cluster, machine: Machine, rbd: Body) -> None:
+    """Reads wait; a create and deletes say what they wait for, also to the next server; other images do not notice.
+    When the OSDs are back, all of it comes to its end, with nothing left here or in the cluster."""
+    ceph.import_image(str(small_image("ext4")), "disk", features="layering,exclusive-lock")
+    ceph.create_image("clean", "4M", features="layering,exclusive-lock")
+    elsewhere = {"path": guest.put(small_image(), "/tmp/image"), "base": "root", "ro": True}
+    with running(guest, "--operation-timeout", "8s") as server, ThreadPoolExecutor() as pool:
+        read, clean = (server.post("/attach/rbd", body) for body in (rbd(ro=True), rbd("clean")))
+        guest.sh(f"dd if=/dev/urandom of={clean['device_file']} bs=4096 count=1 oflag=direct status=none")
+        disk = server.post("/mount/rbd", {"fs_type": "ext4", "rbd": rbd("disk")})
+        guest.sh(f"echo kept {disk['mountpoint']} >{disk['mountpoint']}/file")
+        usual = max(seconds_of_another(server, elsewhere) for _ in range(3))
+        ceph.kill_osd()
+        try:
+            guest.sh("echo 3 >/proc/sys/vm/drop_caches")
+            reader = guest.start("sh", "-c", f"sha256sum {read['device_file']} >/tmp/read")
+            late = [
+                pool.submit(server.refused, "POST", "/attach/rbd", 504, rbd(snapshot="one", mount_timeout=1)),
+                pool.submit(server.refused, "DELETE", f"/attach/rbd/{clean['id']}", 504),
+                pool.submit(server.refused, "DELETE", f"/mount/rbd/{disk['id']}", 504),
+            ]
+            while not all(each.done() for each in late):
+                assert seconds_of_another(server, elsewhere) < 10 * usual + 0.5
+            created, detached, unmounted = (each.result()["message"] for each in late)
+            assert "OSDs of pool 'rbd'" in created
+            assert "goes when that is back" in detached
+            assert "goes when that is back" in unmounted
+            server.stop()
+            server.start()
+            assert len(server.get("/attach")) == 3
+            eventually(lambda: waits(server, "/mount/rbd", disk, "has not answered"), "it says what it waits for")
+            eventually(lambda: waits(server, "/attach/rbd", clean, "told that image 'clean'"), "so does the other")
+        finally:
+            with machine.expecting():
+                ceph.restart_osd()
+        guest.await_end(reader)
+        assert guest.read("/tmp/read").split()[0].decode() == digest(small_image())
+        eventually(lambda: len(server.everything()) == 1, "what was deleted is gone", 60)
+        server.delete(f"/attach/rbd/{read['id']}")
+    assert f"kept {disk['mountpoint']}".encode() in ceph.read_image("disk")
+    for image in ("disk", "clean"):
+        assert (ceph.watchers(image), ceph.rbd("lock", "ls", f"rbd/{image}")) == (0, ""), image
+    guest.run("rm", "/tmp/read", "/tmp/image")
+
+
+def seconds_of_another(server: GuestServer, definition: dict[str, Any]) -> float:
+    """How long it takes to list, and to attach and detach an image of another store."""
+    begun = time.monotonic()
+    server.get("/attach")
+    server.delete(f"/attach/loopback/{server.post('/attach/loopback', definition)['id']}")
+    return time.monotonic() - begun
+
+
+def waits(server: GuestServer, collection: str, made: dict[str, Any], words: str) -> bool:
+    return words in server.get(f"{collection}/{made['id']}").get("problem", "")
 
 
 def test_a_monitor_that_dies_is_named_and_what_is_mapped_goes_on(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -72,6 +74,15 @@ class GuestServer(Api):
         self.http.close()
         self.guest.run("rm", "-rf", "--one-file-system", RUN_DIR, LOG)
         self.guest.run("mkdir", RUN_DIR)
+
+
+@contextlib.contextmanager
+def running(guest: Guest, *options: str) -> Iterator[GuestServer]:
+    """A server with options of its own, in a guest without one. What the test left in it is deleted at the end."""
+    server = GuestServer(guest, *options)
+    server.start()
+    yield server
+    server.remove()
 
 
 # ----------------------------------------------------------------------------------- a state in which it runs

@@ -1,7 +1,9 @@
 """The kernel way: the rbd driver maps the image. The key waits in the kernel's keyring under our mark, so the device's
 options name the mark; with it and the image, that is how a device is known for ours.
 
-The kernel waits for OSDs without end, and where only a fatal signal ends it: so it is asked aside, by a child.
+The kernel waits for OSDs without end, and where only a fatal signal ends it: so it is asked aside. A mapping is killed
+when it takes too long. An unmapping never is: it would leave the image locked in the cluster, by this host's client,
+which lives on with its other images.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from imageapi.config import Site
 from imageapi.drivers import aside, block, holders
 from imageapi.drivers.ceph import keys, monitors, options, refusals
-from imageapi.errors import Conflict, Invalid, Problem
+from imageapi.errors import Conflict, Invalid, Problem, TimedOut
 from imageapi.linux import keyring, kmsg, krbd, process
 from imageapi.records import Key
 from imageapi.spec import Rbd, Secret
@@ -29,6 +31,9 @@ SHOWING = 5.0
 service gives a create 25 in all, and the answer must still say what was waited for."""
 UNDER_WAY = 5.0
 """Seconds that a release waits for a mapping whose worker has died, before it says so."""
+UNMAPPING, STILL_UNMAPPING = 10.0, 1.0
+"""Seconds that an unmapping is waited for, and one that an earlier release began. It takes milliseconds, unless the
+OSDs are away."""
 
 
 def available(root: str = krbd.BUS) -> bool:
@@ -53,7 +58,8 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
     try:
         with kmsg.Tail() as log:
             try:
-                aside.call(_making(key, site), end - time.monotonic(), lambda: _map(text, site.mark(key), secret, root))
+                mark, left = site.mark(key), end - time.monotonic()
+                aside.call(_making(key, site), left, lambda: _map(text, mark, secret, root), expendable=True)
             except OSError as error:
                 raise refusals.explain(error, definition, refusals.said(log)) from None
         return _checked(find(key, definition, site, root), definition, root)
@@ -65,6 +71,11 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
 def _making(key: Key, site: Site) -> str:
     """What a mapping under way is known by."""
     return f"{site.mark(key)}:map"
+
+
+def _unmaking(key: Key, site: Site) -> str:
+    """The same of an unmapping."""
+    return f"{site.mark(key)}:unmap"
 
 
 def _map(text: str, mark: str, secret: bytes, root: str) -> None:
@@ -144,17 +155,29 @@ def spoken_to(found: Sequence[monitors.Address], mode: str | None) -> tuple[list
 def release(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> None:
     """Unmap the image. Idempotent.
 
-    Raises: errors.Conflict while the device is open; errors.TimedOut while it is still being mapped.
+    Raises: errors.Conflict while the device is open; errors.TimedOut while it is still being mapped or unmapped.
     """
-    aside.settled(_making(key, site), UNDER_WAY)
+    late = "the kernel has not come back from mapping the image; it is unmapped when it does"
+    aside.settled(_making(key, site), UNDER_WAY, late)
+    aside.settled(_unmaking(key, site), STILL_UNMAPPING, waits_for_osds(definition))
     device = find(key, definition, site, root)
-    if device is not None and not holders.until(lambda: _unmapped(device.id, root)):
+    if device is not None and not holders.until(lambda: _unmapped(key, definition, device.id, site, root)):
         raise block.busy(device.file)
 
 
-def _unmapped(number: int, root: str) -> bool:
+def waits_for_osds(definition: Rbd) -> str:
+    """What keeps an unmapping: the image's lock and watch are the OSDs' to take back."""
+    return (
+        f"the OSDs of pool '{definition.pool}' do not answer, which have to be told that image '{definition.image}' is "
+        "let go: see 'ceph osd stat' and 'ceph health detail'; it is unmapped when they are back"
+    )
+
+
+def _unmapped(key: Key, definition: Rbd, number: int, site: Site, root: str) -> bool:
     try:
-        krbd.unmap(number, root=root)
+        aside.call(_unmaking(key, site), UNMAPPING, lambda: krbd.unmap(number, root=root), expendable=False)
+    except TimeoutError:
+        raise TimedOut(waits_for_osds(definition), path="$.monitors") from None
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imageapi import spec
 from imageapi.config import Site
-from imageapi.drivers import holders, mounts, partitions
+from imageapi.drivers import block, holders, mounts, partitions
 from imageapi.drivers.base import driver
 from imageapi.drivers.mounts import MountDriver
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
@@ -233,4 +233,5 @@ def _check_let_go(device: str) -> None:
     a detached tree or an overlay holds it. Another mount of it here is no leftover of ours."""
     if loop.is_free(device) or _mounted_at(device) or holders.until(lambda: loop.is_free(device)):
         return
-    raise holders.busy(f"the file system on {device}", [*mounts.elsewhere(device), *users.using(device)])
+    users_of = [*mounts.elsewhere(device), *users.using(device)]
+    raise (not users_of and block.waiting(device)) or holders.busy(f"the file system on {device}", users_of)
