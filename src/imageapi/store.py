@@ -31,12 +31,22 @@ class Store:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._counters: dict[str, int] = {}
+        self._make_directories()
+
+    def _make_directories(self) -> None:
         for collection in records.RECORD_TYPES:
-            os.makedirs(f"{directory}/{collection}", mode=0o700, exist_ok=True)
+            os.makedirs(f"{self._directory}/{collection}", mode=0o700, exist_ok=True)
 
     def save(self, record: AnyRecord) -> None:
         """Write one record, over its former self."""
-        whole.write(self._path(record.key), records.encode(record))
+        self._write(self._path(record.key), records.encode(record))
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            whole.write(path, data)
+        except FileNotFoundError:  # somebody has removed the directory
+            self._make_directories()
+            whole.write(path, data)
 
     def save_all(self, several: Iterable[AnyRecord]) -> None:
         """Write a plan's records, children first; a failure leaves none of them.
@@ -57,7 +67,7 @@ class Store:
     def save_counters(self, following: dict[str, int]) -> None:
         """Write the ids that come next, which records that are gone no longer tell; not those just written."""
         if following != self._counters:
-            whole.write(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
+            self._write(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
             self._counters = following
 
     def counters(self) -> dict[str, int]:

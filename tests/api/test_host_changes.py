@@ -127,6 +127,33 @@ def test_a_directory_that_somebody_removes(server: Server, directory: str) -> No
     assert os.listdir(server.run_dir / "mounts") == []
 
 
+def test_the_records_that_somebody_removes(server: Server) -> None:
+    """They are written again, and the next server knows of everything."""
+    server.post("/container", box(FOREVER))
+    shutil.rmtree(server.run_dir / "state")
+    eventually(lambda: len(list((server.run_dir / "state").glob("*/*.json"))) == 4, "all records are there again")
+    before = server.everything()
+    server.kill()
+    server.start()
+    assert server.everything() == before
+    shutil.rmtree(server.run_dir / "state")
+    server.post("/mount", squashfs())  # nor does a request fail over it
+
+
+def test_the_log_directory_that_somebody_removes(server: Server) -> None:
+    """It is made again, and containers print on."""
+    made = server.post("/container", box("/bin/sh -c 'while true; do echo line; sleep 0.01; done'"))
+    shutil.rmtree(server.run_dir / "logs")
+    eventually(lambda: "line" in _read(made["logfile"]), "the log goes on")
+    later = server.post("/container", box("/bin/echo said"))
+    eventually(lambda: "said" in _read(later["logfile"]), "another container prints, too")
+    await_none(server, "/container/0")
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
 def test_an_image_that_is_replaced(server: Server, tmp_path: Path) -> None:
     """Those who have the old one keep it; whoever asks for the path gets the new one."""
     file = copy_of_small_image(tmp_path)
@@ -146,7 +173,7 @@ def test_a_link_to_an_image_that_points_elsewhere_now(server: Server, tmp_path: 
     link.symlink_to(copy_of_small_image(tmp_path))
     server.post("/attach/loopback", image(path=str(link)))
     (tmp_path / "link").symlink_to(copy_of_small_image(tmp_path, "next"))
-    eventually(lambda: len(_watched(server)) > 3, "the image is watched")
+    eventually(lambda: len(_watched(server)) > 4, "the image is watched")
     (tmp_path / "link").rename(link)
     await_problem(server, "/attach/0", "another file now")
 
@@ -155,7 +182,7 @@ def test_an_image_that_is_truncated_and_restored(server: Server, tmp_path: Path)
     file = copy_of_small_image(tmp_path)
     content = file.read_bytes()
     server.post("/container", {"mount": squashfs(path=str(file)), "command": FOREVER})
-    eventually(lambda: len(_watched(server)) > 2, "the image is watched")
+    eventually(lambda: len(_watched(server)) > 3, "the image is watched")
     times = file.stat()
     os.truncate(file, 4096)
     await_problem(server, "/attach/0", "was cut to 4096 bytes")
@@ -171,12 +198,12 @@ def test_an_image_that_is_truncated_and_restored(server: Server, tmp_path: Path)
 def test_an_image_that_is_written_to(server: Server, tmp_path: Path) -> None:
     file = copy_of_small_image(tmp_path)
     server.post("/attach/loopback", image(path=str(file)))
-    eventually(lambda: len(_watched(server)) > 2, "the image is watched")
+    eventually(lambda: len(_watched(server)) > 3, "the image is watched")
     with file.open("r+b") as opened:
         opened.write(b"spoilt")
     await_problem(server, "/attach/0", "was written to")
     server.delete("/attach/0")
-    eventually(lambda: len(_watched(server)) == 2, "what is not attached is not watched")
+    eventually(lambda: len(_watched(server)) == 3, "what is not attached is not watched")
 
 
 def _watched(server: Server) -> list[str]:

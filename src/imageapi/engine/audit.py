@@ -6,11 +6,13 @@ with what it has done meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 from imageapi.config import Site
 from imageapi.drivers.audit import Host, Wrong
 from imageapi.drivers.base import driver
+from imageapi.engine import rundir
 from imageapi.errors import Problem
 from imageapi.linux import inotify, process
 from imageapi.records import AnyRecord, Key, Phase
@@ -27,8 +29,10 @@ class Finding(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One look at the host: what was found, and the numbers of the inotify watches by which changes are told."""
+    """One look at the host: the objects of which there is a record on disk, what was found, and the numbers of the
+    inotify watches by which changes are told."""
 
+    written: set[Key]
     findings: list[Finding]
     watches: set[int]
 
@@ -51,21 +55,20 @@ class Report(NamedTuple):
 
 
 def look(site: Site, boot_id: str, instance: int) -> Look:
-    """Compare all live objects with the host; `instance` is that of inotify, -1 for none.
+    """Compare all live objects with the host; `instance` is that of inotify, -1 for none. Directories that somebody has
+    removed are made again.
 
     Raises: OSError.
     """
     process.name("imageapi-audit")
-    records = live(site, boot_id)
+    with contextlib.suppress(OSError):
+        rundir.restore(site)
+    records = peek(site.state_dir)[0]
     host = Host(instance)
-    host.watch(site.run_dir, inotify.ENTRIES)
-    host.watch(site.mounts_dir, inotify.ENTRIES)
-    return Look(audit(records, site, host), host.watches)
-
-
-def live(site: Site, boot_id: str) -> list[AnyRecord]:
-    """The records of what stands, or should."""
-    return [record for record in peek(site.state_dir)[0] if is_live(record, boot_id)]
+    for directory in (site.run_dir, site.mounts_dir, site.state_dir):
+        host.watch(directory, inotify.ENTRIES)
+    findings = audit([record for record in records if is_live(record, boot_id)], site, host)
+    return Look({record.key for record in records}, findings, host.watches)
 
 
 def is_live(record: AnyRecord, boot_id: str) -> bool:

@@ -70,8 +70,15 @@ class Auditor:
             return False
         if watch is not None:
             watch.keep(seen.watches)
+        self._write_again(seen.written)
         self._say(dict(self._verdicts(seen.findings)))
         return True
+
+    def _write_again(self, written: set[Key]) -> None:
+        """The records that somebody has removed, so that the next server knows of the objects."""
+        for record in self._graph.all():
+            if record.phase is Phase.LIVE and record.key not in written:
+                self._ledger.note(record)
 
     async def check(self) -> Report:
         """The leak report, without what is being done just now. Raises: errors.Problem."""

@@ -41,16 +41,22 @@ def _prepare(config: Config) -> tuple[Site, int]:
     os.makedirs(config.run_dir, PUBLIC, exist_ok=True)
     _lock_server(config.run_dir)
     site = config.site(_instance(config.run_dir))
-    for directory, mode in (
-        (site.mounts_dir, PUBLIC),
-        (site.logs_dir, PUBLIC),
-        (site.state_dir, PRIVATE),
-        (site.supervisor_dir, PRIVATE),
-        (site.helpers_dir, PRIVATE),
-    ):
-        os.makedirs(directory, mode, exist_ok=True)
+    restore(site)
+    for directory, mode in _directories(site).items():
         os.chmod(directory, mode)
     return site, _lock_workers(config.run_dir)
+
+
+def _directories(site: Site) -> dict[str, int]:
+    public = dict.fromkeys((site.mounts_dir, site.logs_dir), PUBLIC)
+    return public | dict.fromkeys((site.state_dir, site.supervisor_dir, site.helpers_dir), PRIVATE)
+
+
+def restore(site: Site) -> None:
+    """Make the directories that are missing: all at first, and later what somebody has removed. Raises: OSError."""
+    for directory, mode in _directories(site).items():
+        if not os.path.isdir(directory):
+            os.makedirs(directory, mode)
 
 
 def watching() -> int:

@@ -64,11 +64,26 @@ def sweep(directory: int, known: Collection[str]) -> None:
 
 class Place:
     """Where the logs are: a descriptor of their directory; and how many bytes a log grows to before it is put aside
-    as `<log>.1` (logs.OLDER), in place of the last one of that name."""
+    as `<log>.1` (logs.OLDER), in place of the last one of that name. `renew` has the descriptor be of the directory
+    that is there now, when somebody has removed the one that was."""
 
-    def __init__(self, directory: int, limit: int) -> None:
+    def __init__(self, directory: int, limit: int, renew: Callable[[int], None]) -> None:
         self.directory = directory
         self.limit = limit
+        self._renew = renew
+
+    def open(self, name: str) -> int:
+        """A log to be written at its end; not open for appending, which splice(2) refuses. Raises: OSError."""
+        try:
+            return self._open(name)
+        except FileNotFoundError:
+            self._renew(self.directory)
+            return self._open(name)
+
+    def _open(self, name: str) -> int:
+        log = os.open(name, logs.FLAGS & ~os.O_APPEND, logs.MODE, dir_fd=self.directory)
+        os.lseek(log, 0, os.SEEK_END)
+        return log
 
 
 class Copier:
@@ -113,11 +128,10 @@ class Copier:
             self._put_aside(os.stat(self._logfile, dir_fd=self._place.directory).st_size)
 
     def _move(self) -> None:
-        """To the end of the log: nobody else writes while a container runs, and splice(2) takes no file that is open
-        for appending. Raises: BlockingIOError, when there is nothing; OSError of the log."""
-        log = os.open(self._logfile, logs.FLAGS & ~os.O_APPEND, logs.MODE, dir_fd=self._place.directory)
+        """To the end of the log: nobody else writes while a container runs. Raises: BlockingIOError, when there is
+        nothing; OSError of the log."""
+        log = self._place.open(self._logfile)
         try:
-            os.lseek(log, 0, os.SEEK_END)
             if self._lost:
                 whole.write_all(log, self._told_loss())
                 self._lost = 0

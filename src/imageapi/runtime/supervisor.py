@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
@@ -165,7 +166,7 @@ def _surroundings(site: Site) -> Surroundings:
     keep = Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor")
     return Surroundings(
         directory=given.directory,
-        logs=output.Place(given.logs, site.log_limit),
+        logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
         keep=keep,
         nursery=Nursery(given, keep),
         loop=Loop(at_rest=lambda: memory.forget_code(given.code)),
@@ -175,6 +176,15 @@ def _surroundings(site: Site) -> Surroundings:
         hierarchies=hierarchies,
         freezer=freezer,
     )
+
+
+def _reopen(keep: Keep, path: str, descriptor: int) -> None:
+    """Have `descriptor` be of the directory that is at `path` now; it is made where there is none. Raises: OSError."""
+    with keep.outside():
+        os.makedirs(path, exist_ok=True)
+        found = os.open(path, _DIRECTORY)
+    os.dup2(found, descriptor, inheritable=False)
+    os.close(found)
 
 
 def _open_hierarchies() -> Iterator[tuple[cgroup.Hierarchy, int]]:
