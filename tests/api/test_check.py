@@ -5,21 +5,36 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from imageapi.config import Config
+from imageapi.engine import check, sweep
 from imageapi.linux import loop
 from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, squashfs, writable
 
 pytestmark = pytest.mark.api
 
 
-def report(server: Server) -> tuple[int, list[str], str]:
-    """What `imageapi-server --check` ends with, its lines, and what could not be looked at."""
-    command = [sys.executable, "-m", "imageapi.server", "--check", "--run-dir", str(server.run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode, done.stdout.splitlines(), done.stderr
+Report = Callable[[], tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def report(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Report:
+    """What `imageapi-server --check` ends with, its lines, and what could not be looked at; done in this process, and
+    without the pauses for a host that is busy."""
+    monkeypatch.setattr(check, "PAUSES", (0.05,))
+    monkeypatch.setattr(check, "DEADLINE", 1.0)
+
+    def look() -> tuple[int, list[str], str]:
+        status = check.main(Config(run_dir=str(server.run_dir)))
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err
+
+    return look
 
 
 def mend(lines: list[str]) -> None:
@@ -28,28 +43,21 @@ def mend(lines: list[str]) -> None:
         subprocess.run(line, shell=True, check=True, capture_output=True)
 
 
-def test_nothing_is_found_where_all_is_well(server: Server) -> None:
+def test_nothing_is_found_where_all_is_well(server: Server, report: Report) -> None:
     made = server.post("/container", box(FOREVER, name="well"))
     server.post("/container", {"mount": writable(), "command": FOREVER})
     server.post("/mount", {"kind": "tmpfs", "tmpfs": {"size": "1M"}})
     server.post("/attach/loopback", image(ro=False, path=str(copy_of_small_image(server.run_dir))))
     assert server.get("/check") == []
-    assert report(server) == (0, [], "")
+    assert report() == (0, [], "")
     server.kill()
-    assert report(server) == (0, [], ""), "nor is it while no server runs"
+    assert report() == (0, [], ""), "nor is it while no server runs"
     server.start()
     server.delete(f"/container/{made['id']}?force=true")
-    assert report(server) == (0, [], "")
+    assert report() == (0, [], "")
 
 
-def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "imageapi.server", "--check", "--run-dir", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_lost_record_of_a_mount_and_its_device(server: Server) -> None:
+def test_a_lost_record_of_a_mount_and_its_device(server: Server, report: Report) -> None:
     """The commands, done as they are printed, leave nothing."""
     made = server.post("/mount", squashfs())
     server.post("/mount", writable())
@@ -57,27 +65,27 @@ def test_a_lost_record_of_a_mount_and_its_device(server: Server) -> None:
     for collection in ("mount", "attach"):
         for record in (server.run_dir / "state" / collection).iterdir():
             record.unlink()
-    status, lines, _ = report(server)
+    status, lines, _ = report()
     assert status == 1
     assert f"the directory {made['mountpoint']} has no record" in lines
     assert f"    umount {made['mountpoint']}; rmdir {made['mountpoint']}" in lines
     mend(lines)
-    assert report(server) == (0, [], "")
+    assert report() == (0, [], "")
     assert os.listdir(server.run_dir / "mounts") == []
 
 
-def test_a_lost_record_of_a_container(server: Server) -> None:
+def test_a_lost_record_of_a_container(server: Server, report: Report) -> None:
     made = server.post("/container", box(FOREVER))
     server.kill()
     (server.run_dir / "state" / "container" / "0.json").unlink()
-    status, lines, _ = report(server)
+    status, lines, _ = report()
     assert (status, lines) == (1, [f"process {made['pid']} of container 0 has no record", f"    kill -9 {made['pid']}"])
     mend(lines)
-    eventually(lambda: report(server) == (0, [], ""), "it is gone, and the supervisor has cleared it away")
+    eventually(lambda: report() == (0, [], ""), "it is gone, and the supervisor has cleared it away")
     server.start()
 
 
-def test_what_somebody_has_taken_away(server: Server, tmp_path: Path) -> None:
+def test_what_somebody_has_taken_away(server: Server, report: Report, tmp_path: Path) -> None:
     """The server says so, and so does whoever looks without it."""
     file = copy_of_small_image(tmp_path)
     mounted = server.post("/mount", {"kind": "tmpfs", "tmpfs": {"size": "1M"}})
@@ -87,7 +95,7 @@ def test_what_somebody_has_taken_away(server: Server, tmp_path: Path) -> None:
     found = server.get("/check")
     assert [(one["collection"], one["id"]) for one in found] == [("attach", 0), ("mount", 0)]
     assert found[1]["remedy"] == "delete mount 0 with force, and make it again"
-    status, lines, _ = report(server)
+    status, lines, _ = report()
     assert status == 1
     assert lines[::2] == [f"{one['collection']} {one['id']}: {one['problem']}" for one in found]
     server.delete("/mount/0")
@@ -96,13 +104,13 @@ def test_what_somebody_has_taken_away(server: Server, tmp_path: Path) -> None:
     assert loop.status(attached["device_file"]) is None
 
 
-def test_what_a_dead_supervisor_has_left(server: Server) -> None:
+def test_what_a_dead_supervisor_has_left(server: Server, report: Report) -> None:
     """A FIFO and the keep; and containers that nobody watches, until a server comes."""
     made = server.post("/container", box(FOREVER))
     server.kill()
     subprocess.run(["kill", "-9", str(server.supervisor)], check=True)
-    eventually(lambda: report(server)[0] == 1, "the supervisor is gone")
-    _, lines, _ = report(server)
+    eventually(lambda: report()[0] == 1, "the supervisor is gone")
+    _, lines, _ = report()
     assert f"process {made['pid']} of container 0 is watched by no supervisor" in lines
     server.start()
     assert server.get("/check") == []
@@ -111,18 +119,33 @@ def test_what_a_dead_supervisor_has_left(server: Server) -> None:
     eventually(lambda: server.get("/check") == [], "another supervisor has cleared away what that one had")
 
 
-def test_a_file_beside_the_records(server: Server) -> None:
+def test_a_file_beside_the_records(server: Server, report: Report) -> None:
     stray = server.run_dir / "state" / "mount" / "7.json"
     stray.write_text("{}")
-    assert report(server)[:2] == (1, [f"{stray} is no record that this version can read", f"    rm {stray}"])
+    assert report()[:2] == (1, [f"{stray} is no record that this version can read", f"    rm {stray}"])
     stray.unlink()
 
 
-def test_it_does_not_wait_for_what_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_wait_for_what_hangs(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that does not come back costs itself alone; here it is the one for loop devices."""
-    hang = "import time, imageapi.engine.sweep as s; s.SEARCHES['the loop devices'] = lambda *_: time.sleep(1000)"
-    run = f"{hang}; import imageapi.server; imageapi.server.main()"
-    command = [sys.executable, "-c", run, "--check", "--run-dir", str(server.run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "could not look at the loop devices: [Errno 110] it hangs\n"
+    monkeypatch.setitem(sweep.SEARCHES, "the loop devices", lambda *_: time.sleep(1000))
+    assert report() == (2, [], "could not look at the loop devices: [Errno 110] it hangs\n")
+
+
+def test_the_command(server: Server) -> None:
+    """It reports as `report` does, and nothing on a run directory that is none."""
+    stray = server.run_dir / "mounts/upper_000000001"
+    stray.mkdir()
+    lines = [f"the directory {stray} has no record", f"    rm -r {stray}"]
+    assert command(server.run_dir) == (1, lines)
+    mend(lines)
+    assert command(server.run_dir) == (0, [])
+    assert command(server.run_dir / "none") == (0, [])
+    assert not (server.run_dir / "none").exists()
+
+
+def command(run_dir: Path) -> tuple[int, list[str]]:
+    arguments = [sys.executable, "-m", "imageapi.server", "--check", "--run-dir", str(run_dir)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()

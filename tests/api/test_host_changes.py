@@ -3,8 +3,10 @@ them, and can be deleted; and it is taken back when it is over."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from imageapi.engine import rundir
 from imageapi.linux import loop
-from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, squashfs, writable
+from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, kill, squashfs, writable
 
 pytestmark = pytest.mark.api
 
@@ -114,6 +117,43 @@ def test_a_foreign_mount_in_place_of_ours_is_never_removed(server: Server, kind:
         assert os.path.ismount(made["mountpoint"])
     eventually(lambda: server.everything() == [], "what could not go goes by itself")
     assert os.listdir(server.run_dir / "mounts") == []
+
+
+def test_the_same_on_a_kernel_without_numbers_of_mounts(server: Server) -> None:
+    """Before Linux 6.8 the source of a mount tells: its device number may be the same."""
+    made = server.post("/mount", {"kind": "tmpfs", "tmpfs": {"size": "1M"}})
+    server.kill()
+    file = server.run_dir / "state/mount/0.json"
+    record = json.loads(file.read_text())
+    mark = f"imageapi:{(server.run_dir / 'instance').read_text().strip()}:mount/0"
+    record["facts"]["detail"] = {"dev": record["facts"]["detail"]["dev"], "source": mark}
+    file.write_text(json.dumps(record))
+    server.start()
+    assert "problem" not in server.get("/mount/0")
+    run("umount", made["mountpoint"])
+    with stranger_on(made["mountpoint"]):
+        await_problem(server, "/mount/0", "gone from the kernel", "stranger (tmpfs)")
+        server.refused("DELETE", "/mount/0", 409)
+    eventually(lambda: server.everything() == [], "what could not go goes by itself")
+
+
+def test_a_reboot_with_the_records_on_disk(server: Server) -> None:
+    """Nothing that they mean is there: all of them go, with their directories, and ids go on."""
+    made = server.post("/container", box(FOREVER))
+    server.stop()
+    os.kill(made["pid"], signal.SIGKILL)
+    kill(server.supervisor)
+    run("umount", made["mount"]["mountpoint"])
+    run("umount", made["mount"]["overlay"]["lower"][0]["mountpoint"])
+    run("losetup", "-d", made["mount"]["overlay"]["lower"][0]["attach"]["attach"]["device_file"])
+    for path in (f"{server.run_dir}/supervisor/keep/pin", f"{server.run_dir}/supervisor/keep"):
+        run("umount", path)
+    for file in (*server.run_dir.glob("state/*/?.json"), *server.run_dir.glob("supervisor/*.json")):
+        file.write_text(file.read_text().replace(rundir.boot_id(), "00000000-0000-0000-0000-000000000000"))
+    server.start()
+    assert server.everything() == []
+    assert os.listdir(server.run_dir / "mounts") == []
+    assert server.post("/container", {"mount": writable(), "command": FOREVER})["id"] == 1
 
 
 @pytest.mark.parametrize("directory", ["upperdir", "workdir"])

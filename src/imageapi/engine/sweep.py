@@ -112,7 +112,7 @@ def _clear_directory(path: str) -> None:
 def _loops(site: Site, known: Known) -> Iterator[Stray]:
     for mark, device in block.marked(site.mark_prefix, but=known.devices).items():
         key = _marked(mark, site)
-        if key not in known.keys:
+        if key is not None and key not in known.keys:
             what = f"the loop device {device}, marked {mark}"
             yield Stray(what, f"losetup -d {device}", partial(block.detach_loop, device, mark), key)
 
@@ -148,10 +148,12 @@ def _sessions(site: Site, known: Known) -> Iterator[Stray]:
 def _images(site: Site, known: Known) -> Iterator[Stray]:
     for device in krbd.devices() if krbd.available() else ():
         mark = device.options.get("key", "")
-        key = _marked(mark, site)
-        if mark.startswith(site.mark_prefix) and key not in known.keys:
+        key = _marked(mark, site) if mark.startswith(site.mark_prefix) else None
+        if key is not None and key not in known.keys:
+            from imageapi.drivers.ceph import kernel
+
             what = f"the RBD device {device.file}, marked {mark}"
-            yield Stray(what, f"rbd unmap {device.file}", partial(krbd.unmap, device.id), key)
+            yield Stray(what, f"rbd unmap {device.file}", partial(kernel.unmap, key, device.id, site), key)
 
 
 SEARCHES: dict[str, Search] = {

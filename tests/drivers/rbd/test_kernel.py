@@ -15,7 +15,7 @@ import pytest
 from lab.ceph import Cluster
 from lab.guest.guest import Guest
 from lab.guest.network import SERVER, SERVER_V6, Network
-from lab.guest.server import GuestServer, running
+from lab.guest.server import RUN_DIR, GuestServer, running
 from lab.images import small_image
 from lab.machine import Machine
 from lab.server import box, eventually
@@ -282,6 +282,17 @@ def test_a_monitor_that_dies_is_named_and_what_is_mapped_goes_on(
     with machine.expecting():
         ceph.restart_mon()
     guest_server.post("/attach/rbd", rbd(snapshot="one"))
+
+
+def test_one_that_somebody_unmaps_and_one_without_a_record(guest_server: GuestServer, rbd: Body) -> None:
+    gone = guest_server.post("/attach/rbd", rbd(ro=True))
+    guest_server.guest.sh(f"echo {gone['device_id']} >{BUS}/remove_single_major")
+    eventually(lambda: waits(guest_server, "/attach", gone, "gone from the kernel"), "it is said to be gone")
+    left = guest_server.post("/attach/rbd", rbd(ro=True))
+    guest_server.kill()
+    guest_server.guest.run("rm", f"{RUN_DIR}/state/attach/{left['id']}.json")
+    guest_server.start()
+    assert guest_server.guest.sh(f"ls {BUS}/devices") == ""
 
 
 def test_a_container_on_an_image_and_nothing_left(guest_server: GuestServer, rbd: Body) -> None:

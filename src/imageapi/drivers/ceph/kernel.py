@@ -175,7 +175,7 @@ def waits_for_osds(definition: Rbd) -> str:
 
 def _unmapped(key: Key, definition: Rbd, number: int, site: Site, root: str) -> bool:
     try:
-        aside.call(_unmaking(key, site), UNMAPPING, lambda: krbd.unmap(number, root=root), expendable=False)
+        unmap(key, number, site, root)
     except TimeoutError:
         raise TimedOut(waits_for_osds(definition), path="$.monitors") from None
     except OSError as error:
@@ -184,6 +184,14 @@ def _unmapped(key: Key, definition: Rbd, number: int, site: Site, root: str) -> 
         if error.errno != errno.ENOENT:
             raise
     return True
+
+
+def unmap(key: Key, number: int, site: Site, root: str = krbd.BUS) -> None:
+    """Unmap the device `number`, which carries the mark of `key`.
+
+    Raises: OSError; TimeoutError, with the kernel still at it.
+    """
+    aside.call(_unmaking(key, site), UNMAPPING, lambda: krbd.unmap(number, root=root), expendable=False)
 
 
 def observe(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str | None:
