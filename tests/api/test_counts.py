@@ -16,6 +16,7 @@ import pytest
 
 from lab.counting import counted, switches
 from lab.processes import processes
+from lab.session import current
 from lab.server import FOREVER, Server, box, eventually, writable
 
 pytestmark = pytest.mark.api
@@ -25,8 +26,10 @@ BRIEF = "/bin/true"
 
 def of_ours(server: Server) -> dict[int, str]:
     """The processes of a server, of its supervisor and of what they forked, but for those of containers."""
-    names = {one.pid: one.name for one in processes().values()}
-    return {pid: name for pid, name in names.items() if name.startswith("imageapi") or pid == server.pid}
+    run = current()
+    assert run is not None
+    found = [one for one in processes().values() if one.name.startswith("imageapi") or one.pid == server.pid]
+    return {one.pid: one.name for one in found if one.belongs_to(run)}
 
 
 def one_of(server: Server, name: str) -> int:

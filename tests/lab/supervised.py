@@ -22,7 +22,7 @@ from imageapi.config import Site
 from imageapi.drivers import block
 from imageapi.linux import loop
 from imageapi.records import Key
-from imageapi.runtime import supervisor
+from imageapi.runtime import lender, supervisor
 from imageapi.runtime.client import Supervisor
 from imageapi.runtime.protocol import Ended, Life, Start, Started
 
@@ -152,7 +152,11 @@ class Supervised:
 
     def waiting(self) -> list[int]:
         """The child in waiting, when there is one."""
-        return [pid for pid in self.children() if Path(f"/proc/{pid}/comm").read_text() == "imageapi-child\n"]
+        return self._named("imageapi-child")
+
+    def lenders(self) -> list[int]:
+        """The process whose memory the child in waiting has, when it has not its own."""
+        return self._named(lender.NAME)
 
     # ----------------------------------------------------------------------------------------------------- logs
 
@@ -197,7 +201,19 @@ class Supervised:
 
     def children(self) -> list[int]:
         """The supervisor's children: each running container's first process, and the child in waiting."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        aside = {lender.NAME, "imageapi-super"}
+        return [pid for pid, name in self._born().items() if name not in aside]
+
+    def _named(self, wanted: str) -> list[int]:
+        return [pid for pid, name in self._born().items() if name == wanted]
+
+    def _born(self) -> dict[int, str]:
+        """The names of all children that have not been reaped."""
+        born = {}
+        for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                born[int(pid)] = Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+        return born
 
     def close(self) -> None:
         """End all that runs, and the supervisor: nothing of it is left."""

@@ -82,8 +82,10 @@ def test_an_end_by_a_signal_is_128_and_its_number(supervised: Supervised, number
 
 
 def test_the_pid_is_the_hosts_number_of_the_first_process(supervised: Supervised) -> None:
+    """Which has passed the point of no return of its exec; its arguments are there a moment later."""
     started = supervised.start("/bin/sleep", "1000")
-    assert Path(f"/proc/{started.pid}/cmdline").read_bytes() == b"/bin/sleep\x001000\x00"
+    command = eventually(Path(f"/proc/{started.pid}/cmdline").read_bytes, "the program is loaded")
+    assert command == b"/bin/sleep\x001000\x00"
     born = pidfd.start_time(started.pid)
     assert born is not None
     assert 0 <= started.start_time - born < 100 * PATIENCE
@@ -319,8 +321,10 @@ def test_a_start_does_without_the_child_in_waiting(supervised: Supervised) -> No
 
 
 def in_waiting(supervised: Supervised) -> int:
-    """The child in waiting, while no container runs."""
-    return eventually(supervised.children, "there is a child in waiting")[0]
+    """The child in waiting, while no container runs, once the supervisor has done all that it does for it."""
+    child = eventually(supervised.children, "there is a child in waiting")[0]
+    supervised.do(supervised.client.list())
+    return child
 
 
 def test_one_that_is_killed_before_its_exec_was_not_started(supervised: Supervised) -> None:

@@ -11,8 +11,11 @@ import signal
 
 from imageapi.linux.libc import SYS_clone3, check, libc
 
-CLONE_NEWNS = 0x00020000
+CLONE_VM = 0x00000100
 CLONE_PIDFD = 0x00001000
+CLONE_VFORK = 0x00004000
+CLONE_PARENT = 0x00008000
+CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
@@ -39,12 +42,13 @@ _pylibc.syscall.restype = ctypes.c_long
 
 def clone(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
     """clone3(2) like fork(2), in new namespaces, born in the cgroup2 group `cgroup_fd`: (pid, pidfd), in the child
-    (0, -1).
+    (0, -1). With CLONE_PARENT the child ends for its new parent as the caller does for its own.
 
     No atfork handler runs. The child may call os.* and the functions of this package until it executes or ends.
     """
     pidfd = ctypes.c_int(-1)
-    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=signal.SIGCHLD)
+    exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD
+    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=exit_signal)
     if cgroup_fd is not None:
         arguments.flags |= CLONE_INTO_CGROUP
         arguments.cgroup = cgroup_fd

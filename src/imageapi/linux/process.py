@@ -11,6 +11,7 @@ import signal
 from imageapi.linux.libc import SYS_rt_sigaction, check, libc, syscall
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 
 _UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -43,6 +44,11 @@ def die_with_parent(signal: int) -> None:
     The parent may have ended already: who must be sure looks at os.getppid() afterwards.
     """
     check(libc.prctl(PR_SET_PDEATHSIG, signal, 0, 0, 0), "PR_SET_PDEATHSIG")
+
+
+def forbid_dumps() -> None:
+    """Have no core made of this memory, whoever asks for one; until the next execve."""
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")
 
 
 def close_all_but(*kept: int) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from imageapi.linux import namespaces, pidfd
-from imageapi.runtime import init, output
+from imageapi.runtime import init, lender, output
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.protocol import encode
 
@@ -30,7 +30,8 @@ FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID | namespaces.CLONE_NEWU
 class Child(NamedTuple):
     """What is kept for it is kept under `name`. `tie` is our end of the pair that ties it to us: orders go down, and a
     failure comes up; the end of it is an exec. `output` is our end of its FIFO, `born` and `inode` are what it is known
-    by again (pidfd.start_time, pidfd.inode), and `parked` whether the kernel could park its pidfd."""
+    by again (pidfd.start_time, pidfd.inode), and `parked` whether the kernel could park its pidfd. `lender` is the
+    pidfd of the process whose memory it has, if it has not its own."""
 
     name: str
     pid: int
@@ -40,6 +41,7 @@ class Child(NamedTuple):
     born: int
     inode: int | None
     parked: bool
+    lender: int | None
 
     def order(self, orders: init.Orders, descriptors: Sequence[int]) -> None:
         """Say what it is to become. Raises: OSError, when it is no more."""
@@ -63,31 +65,33 @@ class Nursery(NamedTuple):
             undo.callback(output.remove, self.given.directory, name)
             undo.callback(os.close, end)
             _check_reserve(end)
-            pid, descriptor, tie = self._clone(name, group, born_in)
+            pid, descriptor, lent_by, tie = self._clone(name, group, born_in)
             undo.pop_all()
-            child = Child(name, pid, descriptor, tie, end, 0, None, parked=False)
+            child = Child(name, pid, descriptor, tie, end, 0, None, parked=False, lender=lent_by)
             undo.callback(self.dismiss, child)
             born, inode = pidfd.start_time(pid) or 0, pidfd.inode(descriptor)
             undo.pop_all()
         return child._replace(born=born, inode=inode, parked=self.keep.park(descriptor, name))
 
-    def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, socket.socket]:
+    def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, int, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                pid, descriptor = namespaces.clone(FLAGS, born_in)
+                pid, descriptor, lent_by = lender.clone(FLAGS, born_in, ours, theirs)
             except OSError:
                 ours.close()
                 raise
             if pid == 0:
                 init.run(theirs, self.given, name, group)
-        return pid, descriptor, ours
+        return pid, descriptor, lent_by, ours
 
     def dismiss(self, child: Child) -> None:
         """End it, and wait for that: it has done nothing yet that could take long."""
         with contextlib.suppress(ProcessLookupError):
             pidfd.send_signal(child.pidfd, signal.SIGKILL)
         os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+        if child.lender is not None:
+            lender.end(child.lender)
         os.close(child.pidfd)
         os.close(child.output)
         child.tie.close()

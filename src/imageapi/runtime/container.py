@@ -19,7 +19,7 @@ import msgspec
 
 from imageapi import errors
 from imageapi.linux import cgroup, pidfd
-from imageapi.runtime import entries, init, output
+from imageapi.runtime import entries, init, lender, output
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import Keep
@@ -81,7 +81,7 @@ class Container:
     failed, of which nothing is left; and when its log does not take what it prints, or does so again."""
 
     __slots__ = (
-        *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify"),
+        *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify", "_lender"),
         *("_log_trouble", "_ours", "_parked", "_unnoted", "entry"),
     )
 
@@ -97,6 +97,7 @@ class Container:
         self._notify: socket.socket | None = None
         self._log_trouble = 0
         self._ours = self._parked = False
+        self._lender: int | None = None
         self._unnoted: Timer | None = None
         self.entry: Entry
 
@@ -202,6 +203,8 @@ class Container:
         self._output = self._copier(child.output)
         self._open_gate(child.tie)
         self._watch()
+        if child.lender is not None:
+            self._watch_lender(child.lender)
         if self._tie is not None:
             self._around.loop.watch(self._tie.fileno(), self._on_tie)
             self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
@@ -214,6 +217,18 @@ class Container:
             pass  # it has failed by itself, and said why
         except OSError as error:
             self._fail(errors.from_oserror(error, "noting the container's process"))
+
+    def _watch_lender(self, lent_by: int) -> None:
+        """It ends by itself when the child has executed, or has ended."""
+        self._lender = lent_by
+        self._around.loop.watch(lent_by, self.end_lender)
+
+    def end_lender(self) -> None:
+        """Have no process but the container's own."""
+        if self._lender is not None:
+            self._around.loop.unwatch(self._lender)
+            lender.end(self._lender)
+            self._lender = None
 
     def _watch(self) -> None:
         loop = self._around.loop

@@ -30,8 +30,8 @@ class Loop:
     """Handlers are called one at a time, until `stop`. One that raises has a bug: the trace goes to stderr, and its
     descriptor is watched no more. `at_rest` is called once whenever there was nothing to do for long (memory.REST)."""
 
-    def __init__(self, at_rest: Handler = lambda: None) -> None:
-        self._at_rest = at_rest
+    def __init__(self) -> None:
+        self.at_rest: Handler = lambda: None
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._gone: set[int] = set()
@@ -77,7 +77,7 @@ class Loop:
             return self._epoll.poll(patience)
         if ready := self._epoll.poll(REST):
             return ready
-        self._call(self._at_rest)
+        self._call(self.at_rest)
         return self._epoll.poll(self._patience())
 
     def _patience(self) -> float | None:

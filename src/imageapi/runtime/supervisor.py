@@ -25,7 +25,7 @@ import msgspec
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import cgroup, memory, process, scope
-from imageapi.runtime import entries, output, protocol
+from imageapi.runtime import entries, lender, output, protocol
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container, Surroundings
 from imageapi.runtime.entries import Entry
@@ -169,7 +169,7 @@ def _surroundings(site: Site) -> Surroundings:
         logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
         keep=keep,
         nursery=Nursery(given, keep),
-        loop=Loop(at_rest=lambda: memory.forget_code(given.code)),
+        loop=Loop(),
         boot_id=boot_id,
         instance=site.instance,
         mark_prefix=site.mark_prefix,
@@ -234,6 +234,7 @@ class Supervisor:
         self._around = around
         self._lock = lock
         self._loop = around.loop
+        self._loop.at_rest = self._at_rest
         self._listener = listener
         self._clients: set[Client] = set()
         self._containers: dict[int, Container] = {}
@@ -286,6 +287,13 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 self._spare = self._around.nursery.bear()
                 self._rehearse(self._spare)
+
+    def _at_rest(self) -> None:
+        """Give back what only a start that comes soon is the faster for."""
+        if self._spare is not None and self._spare.lender is not None:
+            lender.end(self._spare.lender)
+            self._spare = self._spare._replace(lender=None)
+        memory.forget_code(self._around.nursery.given.code)
 
     def _dismiss_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -391,6 +399,8 @@ class Supervisor:
         if starting := [container.life.id for container in self._containers.values() if container.starting]:
             raise errors.Conflict(f"containers are being started: {', '.join(map(str, starting))}")
         self._dismiss_spare()
+        for container in self._containers.values():
+            container.end_lender()
         handed_on = (self._lock, self._listener.fileno())
         try:
             with self._around.keep.outside():
