@@ -16,8 +16,8 @@ import pytest
 
 from lab.counting import counted, switches
 from lab.processes import processes
-from lab.session import current
 from lab.server import FOREVER, Server, box, eventually, writable
+from lab.session import current
 
 pytestmark = pytest.mark.api
 
