@@ -16,9 +16,9 @@ from imageapi.linux import mountinfo, pidfd
 from imageapi.linux.namespaces import CLONE_NEWNS, setns
 from imageapi.records import Key
 from imageapi.runtime import entries, output
-from imageapi.runtime.container import group_name
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.keep import HOSTS, PIDS, PIN
+from imageapi.runtime.surroundings import group_name
 
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock of <fcntl.h>: type, whence, start, length, and who holds it."""

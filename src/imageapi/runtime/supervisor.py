@@ -27,7 +27,7 @@ from imageapi.config import Site
 from imageapi.linux import cgroup, memory, process, scope
 from imageapi.runtime import entries, lender, output, protocol
 from imageapi.runtime.child import Child, Nursery
-from imageapi.runtime.container import Container, Surroundings
+from imageapi.runtime.container import Container
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.init import Inheritance
 from imageapi.runtime.keep import Keep
@@ -52,6 +52,7 @@ from imageapi.runtime.protocol import (
     Upgrade,
     Welcome,
 )
+from imageapi.runtime.surroundings import Surroundings
 
 NAME = "imageapi-super"
 BACKLOG = 16
