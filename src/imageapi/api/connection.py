@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import urllib.parse
 from collections import deque
 from collections.abc import Callable
@@ -26,13 +27,15 @@ LINGER = 5.0
 """Seconds for which a connection whose last answer is sent is read on, so that the client can read the answer."""
 REST = 2.0
 """Seconds without a request, after which the server is at rest."""
+RESERVE = 256
+"""Descriptors that are not for connections, at most half of all: what is asked for over them needs some, too."""
 LAST_WORDS = 1.0
 """Seconds at the end of the server for requests that were cancelled to say so, and for clients to hear it."""
 
 
 class Connections:
-    """The connections of one server, and the requests that are being answered. `at_rest` is called once when there has
-    been no request for REST seconds."""
+    """The connections of one server, `most` at once, and the requests that are being answered. `at_rest` is called once
+    when there has been no request for REST seconds."""
 
     def __init__(self, app: App, config: Config, at_rest: Callable[[], None] = lambda: None) -> None:
         self.config = config
@@ -44,6 +47,12 @@ class Connections:
         self._open: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        room = descriptors - min(RESERVE, descriptors // 2)
+        self.most = min(config.listen_limit or room, room)
+        self.why = (
+            "the --listen-limit" if self.most == config.listen_limit else f"what LimitNOFILE={descriptors} allows"
+        )
 
     def new(self) -> Connection:
         return Connection(self)
@@ -139,9 +148,8 @@ class Connection(asyncio.Protocol):
         self._transport = Lingering(transport, self._loop)
         name = transport.get_extra_info("sockname")
         self._server = name[:2] if isinstance(name, tuple) else None
-        limit = self._limits.listen_limit
-        if self._all.enter(self) > (limit or float("inf")):
-            self._refuse(Exhausted(f"{limit} connections are open, which is the --listen-limit; close one"))
+        if self._all.enter(self) > self._all.most:
+            self._refuse(Exhausted(f"{self._all.most} connections are open, which is {self._all.why}; close one"))
         else:
             self._expect_request()
 
