@@ -24,8 +24,9 @@ KINDS: dict[Any, dict[str, Any]] = {Attachment: ATTACHMENTS, Mount: {**MOUNTS, *
 """Every kind an object may be given as: its own, for a mount also its attachment's."""
 ALIASES: dict[Any, dict[str, str]] = {Mount: {"mount_id": "id"}, Iscsi: {"max_commands": "max_comands"}}
 """Other names of fields, by the struct that has them: v0.1's, and the one that is spelled right."""
-DEEPEST = 64
-"""How many objects a request may nest in each other; beyond that it is no image but an attack."""
+DEEPEST, MOST = 64, 1000
+"""How many objects a request may nest in each other, and have in all; beyond that it is no image but an attack: while
+one is read and planned nobody else is answered."""
 
 Raw = dict[str, Any]
 
@@ -96,6 +97,7 @@ class _Reader:
     def __init__(self, places: Places) -> None:
         self._places = places
         self._depth = 0
+        self._things = 0
 
     def top(self, of: Any, body: Raw, kind: str | None) -> Raw:
         """The body of a POST, where no id may be: the server chooses it."""
@@ -123,6 +125,9 @@ class _Reader:
 
     def _thing(self, raw: Any, of: Any, own: str, canonical: str) -> Any:
         """An attachment or a mount: a reference, or one kind's definition."""
+        self._things += 1
+        if self._things > MOST:
+            raise Invalid(f"a request names and defines at most {MOST} objects; make some of them before", path=own)
         self._places.moved(canonical, own)
         if _is_number(raw):
             self._places.named(canonical, own)
