@@ -18,7 +18,7 @@ from imageapi import __version__
 from imageapi.api.app import app
 from imageapi.api.listen import Listeners
 from imageapi.config import Config, Site
-from imageapi.engine import rundir
+from imageapi.engine import ceilings, rundir
 from imageapi.engine.engine import Engine
 from imageapi.engine.pool import Pool
 from imageapi.engine.watch import Watch
@@ -82,6 +82,7 @@ async def _serve(config: Config, site: Site, given: Given) -> None:
 
     try:
         await _unless(stop, engine.start(watch))
+        ceilings.warn()
         _settle()
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
         voice.ready(f"STATUS={engine.summary()}")

@@ -10,9 +10,11 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from imageapi.errors import Exhausted, from_oserror
 from imageapi.linux import loop, mount
 from lab import images
 from lab.elsewhere import mount_namespace
@@ -112,6 +114,27 @@ def test_a_free_device_that_somebody_keeps_open_is_passed_over(attach: Attach) -
         assert attach() != kept
     finally:
         os.close(user)
+
+
+@pytest.mark.parametrize(("lacking", "remedy"), [(errno.ENOSPC, "losetup -a"), (errno.EBUSY, "ask again")])
+def test_a_host_without_a_free_device_says_what_to_do(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch, lacking: int, remedy: str
+) -> None:
+    """No device is offered, or somebody else takes each."""
+    request = loop.LOOP_CTL_GET_FREE if lacking == errno.ENOSPC else loop.LOOP_CONFIGURE
+    asked = fcntl.ioctl
+
+    def refuse(descriptor: int, number: int, *more: Any) -> Any:
+        if number == request:
+            raise OSError(lacking, os.strerror(lacking))
+        return asked(descriptor, number, *more)
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with pytest.raises(OSError, match="no free loop device") as refusal:
+        attach()
+    problem = from_oserror(refusal.value, "attaching")
+    assert isinstance(problem, Exhausted)
+    assert remedy in problem.message
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
+from imageapi.linux import ceilings
 from imageapi.linux.libc import encode, syscall
 
 SYS_add_key = {"x86_64": 248, "aarch64": 217}.get(os.uname().machine, -1)
@@ -19,4 +21,9 @@ def add_key(kind: str, name: str, payload: bytes, keyring: int = KEY_SPEC_PROCES
 
     Raises: OSError; ENODEV when no module knows the type, EINVAL for a payload it cannot read.
     """
-    return syscall(SYS_add_key, encode(kind), encode(name), payload, len(payload), keyring, names=(f"key {name}",))
+    try:
+        return syscall(SYS_add_key, encode(kind), encode(name), payload, len(payload), keyring, names=(f"key {name}",))
+    except OSError as error:
+        if error.errno == errno.EDQUOT:
+            raise ceilings.reached(error, "kernel.keys.root_maxkeys", "kernel.keys.root_maxbytes") from error
+        raise

@@ -56,9 +56,11 @@ libc.syscall.restype = ctypes.c_long
 
 
 class Explained(OSError):
-    """An OSError for which the kernel gave its reason in words: `detail`."""
+    """An OSError for which the kernel gave its reason in words: `detail`; or of which is known what has run out, and
+    what to do: `remedy`."""
 
     detail: str = ""
+    remedy: str = ""
 
 
 def encode(text: str | None) -> bytes | None:

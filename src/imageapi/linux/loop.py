@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from imageapi.linux import sysfs
+from imageapi.linux.libc import Explained
 
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
@@ -117,7 +118,7 @@ def _configure_free(file: int, config: bytes, mode: int) -> tuple[str, Status]:
             if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT):
                 raise
             time.sleep(attempt / 10_000)
-    raise OSError(errno.EBUSY, "every loop device offered was taken by another program", "/dev/loop-control")
+    raise _none(errno.EBUSY, "every loop device offered was taken by another program; stop what takes them, ask again")
 
 
 def _configure(device: int, file: int, config: bytes) -> Status:
@@ -134,10 +135,22 @@ def _configure(device: int, file: int, config: bytes) -> Status:
 
 def _free_device(*, add: bool) -> str:
     with _opened("/dev/loop-control", os.O_RDWR) as control:
-        number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        try:
+            number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise _none(errno.ENOSPC, "the kernel has no more loop devices; detach some (losetup -a)") from error
+            raise
         if add:
             number = _add_device(control, number + 1)
     return _node(number)
+
+
+def _none(number: int, remedy: str) -> Explained:
+    """There is no loop device to be had."""
+    error = Explained(number, "no free loop device", "/dev/loop-control")
+    error.remedy = remedy
+    return error
 
 
 def _add_device(control: int, number: int) -> int:

@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from imageapi.linux import ceilings
 from imageapi.linux.libc import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
@@ -82,10 +83,15 @@ FSCONFIG_CMD_CREATE = 6
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
     """mount(2). `data` is the file system's own options, joined by commas, less than one page.
 
-    Raises: OSError about the target, `filename2` the source.
+    Raises: OSError about the target, `filename2` the source; Explained at the ceiling of mounts.
     """
     result = libc.mount(encode(source), encode(target), encode(fstype), flags, encode(data))
-    check(result, target, source)
+    try:
+        check(result, target, source)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and ceilings.mounts_are_full():
+            raise ceilings.reached(error, "fs.mount-max") from error
+        raise
 
 
 def umount(target: str, flags: int = 0) -> None:
