@@ -182,9 +182,16 @@ class Server(Api):
 def running(run_dir: Path, *options: str) -> Iterator[Server]:
     """A server, and at the end nothing of it: what the test left in it is deleted."""
     server = Server(run_dir, *options)
+    with running_as(server):
+        yield server
+
+
+@contextlib.contextmanager
+def running_as(server: Server) -> Iterator[None]:
+    """The same for a server of another kind."""
     try:
         server.start()
-        yield server
+        yield
         if not server.runs:
             server.start()
         server.clear()

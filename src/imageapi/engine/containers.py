@@ -182,8 +182,8 @@ class Containers:
             try:
                 await self._stopper.stop(record, end)
                 return
-            except Problem as problem:
-                log.warning("%s is not stopped yet: %s", describe(record), problem.message)
+            except (Problem, OSError) as problem:
+                log.warning("%s is not stopped yet: %s", describe(record), problem)
                 await asyncio.sleep(ASK_AGAIN)
 
     async def discard(self, record: AnyRecord) -> None:
@@ -202,7 +202,7 @@ class Containers:
         self._ends.pop(record.key, None)
         run = _run(record)
         if erase:
-            logs.remove(run.logfile)
+            self._erase_log(run.logfile)
         else:
             self._log(record, "container deleted")
         if run.attempt and not await self._forgotten(record.id, run.attempt):
@@ -426,6 +426,13 @@ class Containers:
     def _end_of(self, record: AnyRecord) -> asyncio.Event:
         """What is set when the container's present run has ended."""
         return self._ends.setdefault(record.key, asyncio.Event())
+
+    @staticmethod
+    def _erase_log(logfile: str) -> None:
+        try:
+            logs.remove(logfile)
+        except OSError as error:
+            log.error("a log that nobody knows of is left: %s", error)
 
     def _log(self, record: AnyRecord, text: str) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,12 @@ Mapping = tuple[int, int]
 
 def forget_code(mappings: Sequence[Mapping] = ()) -> None:
     """Let go of the pages of programs and libraries, most of which were needed only to start: of these mappings, or of
-    all. The kernel still has them in its page cache, and gives back at once those that are used again.
-
-    Raises: OSError.
+    all. The kernel still has them in its page cache, and gives back at once those that are used again. On a host that
+    has not even a descriptor left to look for them, they stay.
     """
-    for start, end in mappings or code():
-        check(libc.madvise(start, end - start, MADV_DONTNEED))
+    with contextlib.suppress(OSError):
+        for start, end in mappings or code():
+            check(libc.madvise(start, end - start, MADV_DONTNEED))
 
 
 def rest_until_readable(descriptor: int, mappings: Sequence[Mapping] = ()) -> None:

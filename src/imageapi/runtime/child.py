@@ -49,10 +49,12 @@ class Child(NamedTuple):
 
 
 class Nursery(NamedTuple):
-    """Where children are born: what they inherit, and where what is kept for them is."""
+    """Where children are born: what they inherit, and where what is kept for them is; `litter` is what of that could
+    not be removed, which goes before the next is born."""
 
     given: init.Inheritance
     keep: Keep
+    litter: list[tuple[str, bool]]
 
     def bear(self, group: str | None = None, born_in: int | None = None) -> Child:
         """A new child; for systemd one in the cgroup2 group `born_in`, and in those named `group` elsewhere.
@@ -60,9 +62,10 @@ class Nursery(NamedTuple):
         Raises: OSError; EMFILE, while there are still descriptors to do all else with.
         """
         name = f"{time.monotonic_ns():x}"
+        self._clear_litter()
         with contextlib.ExitStack() as undo:
+            undo.callback(self.clear, name, parked=False)
             end = output.make(self.given.directory, name)
-            undo.callback(output.remove, self.given.directory, name)
             undo.callback(os.close, end)
             _check_reserve(end)
             pid, descriptor, lent_by, tie = self._clone(name, group, born_in)
@@ -95,14 +98,22 @@ class Nursery(NamedTuple):
         os.close(child.pidfd)
         os.close(child.output)
         child.tie.close()
-        with contextlib.suppress(OSError):  # else the next supervisor does
-            self.clear(child.name, child.parked)
+        self.clear(child.name, parked=child.parked)
 
-    def clear(self, name: str, parked: bool) -> None:
-        """Remove what is kept for a child that has ended. Raises: OSError."""
-        output.remove(self.given.directory, name)
-        if parked:
-            self.keep.unpark(name)
+    def clear(self, name: str, *, parked: bool) -> None:
+        """Remove what is kept for a child that has ended."""
+        try:
+            output.remove(self.given.directory, name)
+            if parked:
+                self.keep.unpark(name)
+        except OSError:
+            self.litter.append((name, parked))
+
+    def _clear_litter(self) -> None:
+        litter = self.litter.copy()
+        self.litter.clear()
+        for name, parked in litter:
+            self.clear(name, parked=parked)
 
 
 def _check_reserve(descriptor: int) -> None:

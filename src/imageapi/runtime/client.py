@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -46,6 +47,8 @@ CALL_TIMEOUT = 5.0
 """Seconds for a call that the supervisor answers at once, a new supervisor's appearance included."""
 MARGIN = 3.0
 """Seconds that a start's answer may take beyond the start's own timeout."""
+UNSENT = (errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.ETOOMANYREFS)
+"""What a call fails with that could not be sent, though the supervisor is there."""
 PAUSE = 0.002
 """Seconds between two looks whether a launched supervisor listens."""
 RELAUNCH = 0.1
@@ -93,7 +96,9 @@ class _Connection:
                 return
             except BlockingIOError:
                 await self._writable()
-            except OSError:
+            except OSError as error:
+                if error.errno in UNSENT:
+                    raise errors.from_oserror(error, "asking the supervisor") from error
                 return
 
     async def _writable(self) -> None:
@@ -188,6 +193,8 @@ class Supervisor:
         try:
             with _descriptors("/proc/self/ns/mnt", directory) as place:
                 started = _expect(await self._ask(order, order.timeout + MARGIN, place), Started)
+        except OSError as error:
+            raise errors.from_oserror(error, "asking the supervisor for the start") from error
         except _Lost:
             await self.undo(order.id, order.attempt, CALL_TIMEOUT)
             raise errors.Problem("the supervisor ended while it started the container; ask again") from None

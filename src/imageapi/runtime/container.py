@@ -351,7 +351,8 @@ class Container:
         self.entry = msgspec.structs.replace(self.entry, life=over)
         failed = self._problem is not None and self._answer is not None
         if failed:
-            entries.remove(self._around.directory, self.life.id)
+            with contextlib.suppress(OSError):  # whoever finds it asks for the process, which has ended
+                entries.remove(self._around.directory, self.life.id)
         else:
             self._note()
             self._tell(self, Ended(over.id, over.attempt, code, over.finished_at or ""))
@@ -377,12 +378,8 @@ class Container:
 
     def _let_go(self) -> None:
         """Remove what is kept for the process, once its end is on disk."""
-        if self._unnoted is not None:
-            return
-        try:
-            self._around.nursery.clear(self.entry.name, self._parked)
-        except OSError:
-            self._around.loop.after(NOTE_AGAIN, self._let_go)
+        if self._unnoted is None:
+            self._around.nursery.clear(self.entry.name, parked=self._parked)
 
     def forget(self) -> None:
         """Nobody is to learn of the end any more.
@@ -390,6 +387,10 @@ class Container:
         Raises: OSError, when what is on disk of it cannot be removed.
         """
         entries.remove(self._around.directory, self.life.id)
+        self.give_way()
+
+    def give_way(self) -> None:
+        """Write nothing any more: the next life of the container has its entry."""
         if self._unnoted is not None:
             self._unnoted.cancel()
             self._unnoted = None

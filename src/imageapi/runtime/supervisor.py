@@ -169,7 +169,7 @@ def _surroundings(site: Site) -> Surroundings:
         directory=given.directory,
         logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
         keep=keep,
-        nursery=Nursery(given, keep),
+        nursery=Nursery(given, keep, []),
         loop=Loop(),
         boot_id=boot_id,
         instance=site.instance,
@@ -324,16 +324,17 @@ class Supervisor:
     def _accept(self) -> None:
         """Let a server in. Where there is nothing left to do that with (EMFILE, ENOMEM), it waits a little."""
         try:
-            channel, _ = self._listener.accept()
+            self._let_in(self._listener.accept()[0])
         except (BlockingIOError, ConnectionAbortedError):
             pass
         except OSError:
             self._loop.unwatch(self._listener.fileno())
             self._loop.after(ACCEPT_AGAIN, self._watch_listener)
-        else:
-            client = Client(channel, self._drop)
-            self._clients.add(client)
-            self._loop.watch(channel.fileno(), lambda: self._hear(client))
+
+    def _let_in(self, channel: socket.socket) -> None:
+        client = Client(channel, self._drop)
+        self._loop.watch(channel.fileno(), lambda: self._hear(client))
+        self._clients.add(client)
 
     def _drop(self, client: Client) -> None:
         if client in self._clients:
@@ -429,6 +430,8 @@ class Supervisor:
         except BaseException:
             self._bear_spare()
             raise
+        if found is not None:
+            found.give_way()
         self._containers[order.id] = container
 
     def _on_started(self, client: Client, number: int, answer: Answer) -> None:
@@ -460,6 +463,8 @@ class Supervisor:
 
     def _forget(self, order: Forget) -> Answer:
         found = self._containers.get(order.id)
+        if found is None:
+            entries.remove(self._around.directory, order.id)  # that of a start that failed, and could not be removed
         if found is None or found.life.attempt != order.attempt:
             return Done()
         if found.life.running:
