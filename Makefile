@@ -25,7 +25,7 @@ BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun erofs-uti
 # of which the figure `guest` is measured in the guest lab.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test host-tier guest-tier test-pure lab demo bench bench-images flame lock clean
+.PHONY: help setup setup-dev check test host-tier guest-tier test-pure lab soak demo bench bench-images flame lock clean
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -61,6 +61,9 @@ test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts
 
 lab: $(VENV)/stamp-dev lab-packages  ## Give you a shell in a guest with a stock kernel, where the tests of block storage run (needs root).
 	PYTHONPATH=src:tests $(BIN)/python -m lab.guest
+
+soak: $(VENV)/stamp-dev test-packages  ## Let clients work while servers, supervisors and helpers die: SOAK_ARGS="--minutes 60 --seed 1" (needs root).
+	PYTHONPATH=src:tests:. $(BIN)/python -m lab.soak $(SOAK_ARGS)
 
 demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
 	$(BIN)/python -m tools.demo

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
 
-from lab.server import FOREVER, Server, alive, box, eventually, image, kill, squashfs, writable
+from lab.server import FOREVER, Server, alive, box, eventually, image, kill, other_release, squashfs, writable
 
 pytestmark = pytest.mark.api
 
@@ -62,6 +65,43 @@ def test_the_supervisor_may_die_too(server: Server) -> None:
     server.get("/container/0/exited")
     ended = server.await_state(0, "exited")
     assert (ended["exit_code"], alive(made["pid"])) == (137, False)
+
+
+def test_a_server_of_another_release_upgrades_the_supervisor_in_place(server: Server, tmp_path: Path) -> None:
+    before, supervisor = server.post("/container", box(TALKING, name="talker")), server.supervisor
+    server.stop()
+    server.package = other_release(tmp_path / "other")
+    server.start()
+    assert (server.supervisor, server.get("/container/0")) == (supervisor, before)
+    assert "imageapi.runtime.successor" in Path(f"/proc/{supervisor}/cmdline").read_text()
+    server.get("/container/0/exited")
+    ended = server.await_state(0, "exited")
+    assert ended["exit_code"] == 137
+    lines = [line for line in Path(ended["logfile"]).read_text().splitlines() if line.startswith("line ")]
+    assert lines == [f"line {number}" for number in range(len(lines))]
+
+
+def test_a_start_that_was_under_way_is_undone_by_the_next_server(server: Server) -> None:
+    """Nobody was told that it runs; and it may still fail, of which the next server would never hear."""
+    server.post("/container", {"mount": writable(), "command": "/bin/nothing"})
+    children = Path(f"/proc/{server.supervisor}/task/{server.supervisor}/children")
+    eventually(lambda: children.read_text().split(), "there is a child in waiting")
+    child = int(children.read_text())
+    os.kill(child, signal.SIGSTOP)
+    asking = threading.Thread(target=_ask_in_vain, args=(server,))
+    asking.start()
+    eventually((server.run_dir / "supervisor" / "0.json").exists, "the start is under way")
+    server.kill()
+    asking.join()
+    server.start()
+    eventually(lambda: not alive(child), "what was to become the container is gone")
+    assert server.get("/container/0")["state"] == "created"
+    server.refused("GET", "/container/0/running", 422)
+
+
+def _ask_in_vain(server: Server) -> None:
+    with server.client() as http, contextlib.suppress(httpx.TransportError):
+        http.get("/container/0/running")
 
 
 def test_ids_that_were_shown_are_not_used_again_after_a_restart(server: Server) -> None:

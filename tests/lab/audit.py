@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imageapi.linux import loop
+from imageapi.linux import cgroup
 from lab.processes import processes
 from lab.server import Server, alive
+from lab.session import current
 
 _PLACES = ("mountpoint", "upperdir", "workdir")
 SPARE = 1
@@ -28,6 +29,7 @@ def differences(server: Server) -> list[str]:
         *_loops(server.run_dir, records["attach"]),
         *_lives(server.run_dir, records["container"]),
         *_strays(server.run_dir, records["container"]),
+        *_groups(server.run_dir, records["container"]),
     ]
 
 
@@ -72,10 +74,18 @@ def _directories(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[
 
 
 def _loops(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
-    prefix = f"imageapi:{(run_dir / 'instance').read_text().strip()}:"
-    wanted = {(f"{prefix}attach/{key}", record["facts"].get("device_file")) for key, record in records.items()}
-    found = {(mark, device) for mark, device in loop.marked(prefix).items()}
-    yield from _differ("loop device", wanted, found)
+    """By what sysfs says: to ask a loop device may wait for the store of another test, which that has stopped."""
+    wanted = {device for record in records.values() if (device := record["facts"].get("device_file"))}
+    session = current()
+    ours = (f"{run_dir}/", *([f"{session.images}/"] if session else ()))
+    yield from _differ("loop device", wanted, {device for device, file in _backed() if file.startswith(ours)})
+
+
+def _backed() -> Iterator[tuple[str, str]]:
+    """Each loop device in use, with its file."""
+    for node in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            yield f"/dev/{node.parts[3]}", node.read_text().rstrip()
 
 
 def _lives(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
@@ -115,6 +125,19 @@ def _strays(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
         namespace = _namespace(pid)
         if namespace not in (None, _namespace(os.getpid()), *known) and f"{run_dir}/" in _mountinfo(pid):
             yield f"process {pid} is no container's"
+
+
+def _groups(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """The control groups of containers with systemd."""
+    prefix = f"imageapi-{(run_dir / 'instance').read_text().strip()}-"
+    wanted = {
+        f"{prefix}container-{key}-{record['run']['attempt']}"
+        for key, record in records.items()
+        if record["spec"].get("systemd") and record["run"].get("pid")
+    }
+    for hierarchy in cgroup.hierarchies():
+        found = {name for name in os.listdir(hierarchy.directory) if name.startswith(prefix)}
+        yield from _differ(f"{hierarchy.directory}: control group", wanted, found)
 
 
 def _namespace(pid: int) -> str | None:

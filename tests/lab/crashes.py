@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lab.server import FOREVER, Server, alive, box, eventually
 ROOT = Path(__file__).parents[2]
 COUNTING = "/bin/sh -c 'i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done'"
 """Prints consecutive numbers, and is never stopped."""
+CODES = {"/bin/true": 0, "/bin/false": 1}
+"""The exit codes of what ends by itself."""
 MISSING = "/bin/nothing"
 OBEDIENT = """/bin/sh -c 'trap "exit 0" TERM; trap "exit 3" USR1; echo ready; while true; do sleep 0.005; done'"""
 """Ends when it is asked to."""
@@ -38,7 +40,7 @@ class FaultyServer(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        path = ":".join((str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)))
+        path = ":".join((str(self.package), str(ROOT / "tests"), str(ROOT)))
         return {**os.environ, VARIABLE: str(self.faults.path), "PYTHONPATH": path}
 
     @property
@@ -89,10 +91,10 @@ class FaultyServer(Server):
             return False
 
     def _end_by_itself(self) -> None:
-        assert self._process is not None
-        self._process.wait(20)
-        self._process = None
-        self.reconnect()
+        if self._process is not None:
+            self._process.wait(20)
+            self._process = None
+            self.reconnect()
 
 
 VICTIMS = ("itself", "server", "supervisor", "zygote", "both", "all")
@@ -106,10 +108,13 @@ class Interrupted(Exception):
 
 
 class Book:
-    """What a client knows of its containers: those that were answered, and those it cannot know of."""
+    """What a client knows of its containers: those that were answered, and those it cannot know of. Their names begin
+    with `prefix`."""
 
-    def __init__(self, server: FaultyServer) -> None:
+    def __init__(self, server: FaultyServer, prefix: str = "", http: httpx.Client | None = None) -> None:
         self.server = server
+        self.prefix = prefix
+        self._http = http
         self.known: dict[str, dict[str, Any]] = {}
         self.unsure: set[str] = set()
         self.used: dict[str, int] = {"container": -1, "mount": -1, "attach": -1}
@@ -117,7 +122,7 @@ class Book:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer. Raises: Interrupted."""
         try:
-            answer = self.server.http.request(method, path, json=body)
+            answer = (self._http or self.server.http).request(method, path, json=body)
         except httpx.TransportError as error:
             raise Interrupted(repr(error)) from None
         found = answer.json()
@@ -126,9 +131,13 @@ class Book:
             raise Interrupted(found["message"])
         return found
 
-    def create(self, name: str, command: str = FOREVER, state: str = "running") -> Any:
+    def close(self) -> None:
+        if self._http is not None:
+            self._http.close()
+
+    def create(self, name: str, command: str = FOREVER, state: str = "running", **more: Any) -> Any:
         self.unsure.add(name)
-        made = self.ask("POST", "/container", box(command, name=name, state=state))
+        made = self.ask("POST", "/container", box(command, name=name, state=state) | more)
         self.unsure.discard(name)
         assert ("id" in made) == (command != MISSING or state == "created"), made
         if "id" in made:
@@ -142,19 +151,19 @@ class Book:
         self.used[collection] = made["id"]
 
     def change(self, method: str, name: str, suffix: str = "") -> Any:
-        """Have something done to a container. Until there is an answer nobody knows whether it has been."""
+        """Have something done to a container; a refusal is an answer, too. Until there is one nobody knows."""
         self.unsure.add(name)
         known = self.known.pop(name)
         found = self.ask(method, f"/container/byname/{name}{suffix}")
-        if method != "DELETE":
+        if method != "DELETE" or "code" in found:
             self.known[name] = self.ask("GET", f"/container/byname/{name}")
             assert self.known[name]["id"] == known["id"]
         self.unsure.discard(name)
         return found
 
-    def check(self) -> None:
-        """All that was answered is so, and what is unsure is whole or gone. What is unsure is known afterwards."""
-        shown = {one.get("name"): one for one in self.server.get("/container")}
+    def check(self, found: list[dict[str, Any]]) -> None:
+        """All that was answered is so in what is found, and what is unsure is whole or gone. It is known afterwards."""
+        shown = {one.get("name", ""): one for one in found}
         for name, known in self.known.items():
             assert name in shown, f"{name} is lost: {known}"
             _check_same(known, shown[name])
@@ -167,7 +176,9 @@ class Book:
 def _check_same(known: dict[str, Any], now: dict[str, Any]) -> None:
     same = ("id", "name", "command", "logfile", "created_at")
     assert [known[key] for key in same] == [now[key] for key in same], (known, now)
-    if known["state"] == "running":
+    if now["state"] in ("exited", "dead") and known["command"] in CODES:
+        assert now["exit_code"] in (CODES[known["command"]], None), (known, now)
+    elif known["state"] == "running":
         assert (now["state"], now["pid"], now["started_at"]) == ("running", known["pid"], known["started_at"]), now
         assert alive(now["pid"])
     elif known["state"] in ("exited", "dead"):
@@ -228,7 +239,17 @@ def delete_by_force(book: Book) -> Callable[[], object]:
     return lambda: book.change("DELETE", "gone", "?force=true")
 
 
-STORIES = (create, create_in_vain, start, start_in_vain, stop, end, delete, delete_by_force)
+def groups(book: Book) -> Callable[[], object]:
+    """A container with control groups of its own comes and goes."""
+
+    def tell() -> None:
+        book.create("grouped", systemd=True)
+        book.change("DELETE", "grouped", "?force=true")
+
+    return tell
+
+
+STORIES = (create, create_in_vain, start, start_in_vain, stop, end, delete, delete_by_force, groups)
 
 
 def _make_obedient(book: Book, name: str) -> Any:
@@ -268,10 +289,11 @@ class Lab:
 
     def interrupt(self, story: Story, step: Step, who: str) -> None:
         """Tell a story with a fault, and see that nothing is lost and nothing left."""
-        self._break(story, step, who)
-        self.server.revive()
-        self.check()
-        self.clear()
+        with _located(f"{story.__name__}: {who} killed at {step}"):
+            self._break(story, step, who)
+            self.server.revive()
+            self.check()
+            self.clear()
 
     def _break(self, story: Story, step: Step, who: str) -> None:
         tell = story(self.book)
@@ -294,12 +316,13 @@ class Lab:
 
     def interrupt_start(self, step: Step, who: str) -> None:
         """Kill the server in the middle of its work, and the next while it finds that, and see what the third has."""
-        self._leave_work()
-        self.server._end_by_itself()
-        self.server.start_in_vain(step, who)
-        self.server.revive()
-        self.check()
-        self.clear()
+        with _located(f"a start: {who} killed at {step}"):
+            self._leave_work()
+            self.server._end_by_itself()
+            self.server.start_in_vain(step, who)
+            self.server.revive()
+            self.check()
+            self.clear()
 
     def _leave_work(self) -> None:
         """A create whose overlay is mounted, and an end that nobody has noted."""
@@ -313,17 +336,8 @@ class Lab:
         eventually(lambda: not audit.differences(self.server), "all is at rest")
 
     def check(self) -> None:
-        self.book.check()
-        left: list[str] = []
-
-        def clean() -> bool:
-            left[:] = audit.differences(self.server)
-            return not left
-
-        try:
-            eventually(clean, "records and kernel agree", 12)
-        except AssertionError as late:
-            raise AssertionError(f"{late}: {left}") from None
+        self.book.check(self.server.get("/container"))
+        check_clean(self.server)
 
     def clear(self) -> None:
         """All but the witness goes."""
@@ -333,7 +347,35 @@ class Lab:
         self.check()
 
     def check_log(self) -> None:
-        """The witness has printed all numbers, each once."""
-        lines = Path(self.witness["logfile"]).read_text().splitlines()
-        printed = [line for line in lines if line.startswith("line ")]
-        assert printed == [f"line {number}" for number in range(len(printed))]
+        check_counted(self.witness)
+
+
+def check_clean(server: Server) -> None:
+    """Records and kernel agree, at least when what is under way is done."""
+    left: list[str] = []
+
+    def clean() -> bool:
+        left[:] = audit.differences(server)
+        return not left
+
+    try:
+        eventually(clean, "records and kernel agree", 12)
+    except AssertionError as late:
+        raise AssertionError(f"{late}: {left}") from None
+
+
+def check_counted(witness: dict[str, Any]) -> None:
+    """One that counts has all its numbers in its log, each once."""
+    lines = Path(witness["logfile"]).read_text().splitlines()
+    printed = [line for line in lines if line.startswith("line ")]
+    assert printed == [f"line {number}" for number in range(len(printed))]
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Whatever fails says where."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(where)
+        raise

@@ -85,11 +85,15 @@ class Faults:
     def close(self) -> None:
         self._memory.close()
 
+    @property
+    def came(self) -> bool:
+        """Whether the step has come that was waited for."""
+        return bool(self._memory[1])
+
     def disarm(self) -> bool:
         """Kill nobody any more; whether the step has come."""
-        came = bool(self._memory[1])
         self._memory[0] = 0
-        return came
+        return self.came
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -120,6 +124,8 @@ class _Hook:
         at = _PAGE + os.getpid() % _PAGES * _PAGE
         used = int.from_bytes(self._memory[at : at + 4], "little") or 4
         line = f"{time.monotonic_ns()} {name}\n".encode()
+        if used + len(line) > _PAGE:
+            return
         self._memory[at + used : at + used + len(line)] = line
         self._memory[at : at + 4] = (used + len(line)).to_bytes(4, "little")
 

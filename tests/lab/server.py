@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 from lab.images import small_image
 from lab.processes import find
 
+SOURCE = Path(__file__).parents[2] / "src"
 PATIENCE = 20.0
 """Seconds until what should happen is given up."""
 
@@ -106,6 +108,8 @@ class Server(Api):
 
     module = "imageapi.server"
     """What is run."""
+    package = SOURCE
+    """Where its code is."""
 
     def __init__(self, run_dir: Path, *options: str) -> None:
         super().__init__(run_dir / "api.sock")
@@ -123,7 +127,7 @@ class Server(Api):
 
     @property
     def environment(self) -> dict[str, str]:
-        return dict(os.environ)
+        return {**os.environ, "PYTHONPATH": str(self.package)}
 
     @property
     def runs(self) -> bool:
@@ -230,6 +234,14 @@ def writable() -> dict[str, Any]:
 def box(command: str, **more: Any) -> dict[str, Any]:
     """A container on an overlay on the small image, all in one, and running."""
     return {"mount": writable(), "command": command, "state": "running", **more}
+
+
+def other_release(place: Path) -> Path:
+    """A copy of the package that says it is of another release."""
+    shutil.copytree(SOURCE, place)
+    file = place / "imageapi/__init__.py"
+    file.write_text(re.sub(r'__version__ = "(.*)"', r'__version__ = "\1+other"', file.read_text()))
+    return place
 
 
 FOREVER = "/bin/sleep 1000000"

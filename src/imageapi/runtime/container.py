@@ -21,9 +21,10 @@ from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import entries, init, lender, output
 from imageapi.runtime.child import Child
 from imageapi.runtime.entries import Entry
+from imageapi.runtime.groups import name_of
 from imageapi.runtime.loop import Timer
 from imageapi.runtime.protocol import Answer, Ended, Failed, Life, LogTrouble, Start, Started, encode
-from imageapi.runtime.surroundings import Surroundings, group_name
+from imageapi.runtime.surroundings import Surroundings
 
 NOTE_AGAIN = 0.5
 """Seconds until an end that could not be written is tried again."""
@@ -105,13 +106,16 @@ class Container:
 
     def _bear_systemd(self, order: Start, orders: init.Orders, place: Sequence[int]) -> tuple[Child, list[str]]:
         """A child of its own cgroups, with their directories."""
-        group = group_name(f"{order.mark}-{order.attempt}")
+        groups, name = self._around.groups, name_of(f"{order.mark}-{order.attempt}")
         with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
-            child = self._around.nursery.bear(group, self._make_group(group, passing, undo))
+            undo.callback(groups.remove, groups.paths(name))
+            born_in = groups.make_birthplace(name)
+            passing.callback(os.close, born_in)
+            child = self._around.nursery.bear(name, born_in)
             undo.callback(self._around.nursery.dismiss, child)
             _ordered(child, orders, *place, self._open_host(child.name, passing, undo))
             undo.pop_all()
-        return child, [f"{one.directory}/{group}" for one, _ in self._around.hierarchies]
+        return child, groups.paths(name)
 
     def _open_host(self, name: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
         """The directory that systemd gets to notify us, as a tree."""
@@ -121,17 +125,6 @@ class Container:
         host = self._around.keep.host_tree(name)
         passing.callback(os.close, host)
         return host
-
-    def _make_group(self, group: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
-        """A descriptor of the cgroup2 group in which systemd is born."""
-        for hierarchy, directory in self._around.hierarchies:
-            if hierarchy.is_v2:
-                cgroup.make(directory, group)
-                undo.callback(cgroup.remove, directory, group)
-                born_in = os.open(group, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-                passing.callback(os.close, born_in)
-                return born_in
-        raise errors.Unsupported("systemd needs cgroup2, which is not mounted on this host; mount it, and start again")
 
     def rehearse(self, order: Start, child: Child) -> None:
         """Write down, for nobody, what a start of this child would."""
@@ -262,7 +255,7 @@ class Container:
         """Take up a life that another supervisor began; it may have ended since."""
         self.entry = entry
         if not entry.life.running:
-            self._around.remove_groups(entry.groups)
+            self._around.groups.remove(entry.groups)
             return
         found = self._around.keep.parked(entry.name)
         self._parked = found is not None
@@ -413,7 +406,7 @@ class Container:
             self._notify = None
         if self.entry.groups:
             around.keep.drop_host(self.entry.name)
-            around.remove_groups(self.entry.groups)
+            around.groups.remove(self.entry.groups)
 
 
 def _ordered(child: Child, orders: init.Orders, *descriptors: int) -> Child:

@@ -17,8 +17,8 @@ from imageapi.linux.namespaces import CLONE_NEWNS, setns
 from imageapi.records import Key
 from imageapi.runtime import entries, output
 from imageapi.runtime.entries import Entry
+from imageapi.runtime.groups import name_of
 from imageapi.runtime.keep import HOSTS, PIDS, PIN
-from imageapi.runtime.surroundings import group_name
 
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock of <fcntl.h>: type, whence, start, length, and who holds it."""
@@ -140,7 +140,7 @@ def _kept(pin: str) -> list[str]:
 def groups(seen: Scene) -> Iterator[Leftover]:
     """Control groups of no life, wherever they are."""
     used = {group for entry in seen.living for group in entry.groups}
-    beginning = group_name(seen.site.mark_prefix)
+    beginning = name_of(seen.site.mark_prefix)
     for mount in mountinfo.read(mention="cgroup"):
         if mount.fstype in ("cgroup", "cgroup2"):
             for path in _groups(mount.mountpoint, beginning):

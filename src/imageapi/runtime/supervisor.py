@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from imageapi.runtime import entries, lender, output, protocol
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container
 from imageapi.runtime.entries import Entry
+from imageapi.runtime.groups import Groups, name_of, open_places
 from imageapi.runtime.init import Inheritance
 from imageapi.runtime.keep import Keep
 from imageapi.runtime.loop import Loop
@@ -155,11 +156,11 @@ def _surroundings(site: Site) -> Surroundings:
     """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
     place = cgroup.freezer()
     freezer = None if place is None else os.open(place, _DIRECTORY)
-    hierarchies = list(_open_hierarchies())
+    places = open_places()
     given = Inheritance(
         directory=os.open(site.supervisor_dir, _DIRECTORY),
         logs=os.open(site.logs_dir, _DIRECTORY),
-        groups=[descriptor for hierarchy, descriptor in hierarchies if not hierarchy.is_v2],
+        groups=[one.directory for one in places if not one.hierarchy.is_v2],
         code=memory.code(),
         adjust_oom=_read("/proc/self/oom_score_adj") != "0",
     )
@@ -170,11 +171,11 @@ def _surroundings(site: Site) -> Surroundings:
         logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
         keep=keep,
         nursery=Nursery(given, keep, []),
-        loop=Loop(),
+        loop=(loop := Loop()),
         boot_id=boot_id,
         instance=site.instance,
         mark_prefix=site.mark_prefix,
-        hierarchies=hierarchies,
+        groups=Groups(places, keep, loop),
         freezer=freezer,
     )
 
@@ -186,13 +187,6 @@ def _reopen(keep: Keep, path: str, descriptor: int) -> None:
         found = os.open(path, _DIRECTORY)
     os.dup2(found, descriptor, inheritable=False)
     os.close(found)
-
-
-def _open_hierarchies() -> Iterator[tuple[cgroup.Hierarchy, int]]:
-    """The cgroup hierarchies in which this process can make groups; not all, where it is in a container itself."""
-    for one in cgroup.hierarchies():
-        with contextlib.suppress(FileNotFoundError):
-            yield one, os.open(one.directory, _DIRECTORY)
 
 
 def _read(path: str) -> str:
@@ -260,7 +254,8 @@ class Supervisor:
             if name not in living:
                 self._around.keep.unpark(name)
                 self._around.keep.drop_host(name)
-        self._around.sweep_groups({group for one in self._containers.values() for group in one.entry.groups})
+        used = {group for one in self._containers.values() if one.life.running for group in one.entry.groups}
+        self._around.groups.sweep(name_of(self._around.mark_prefix), used)
 
     def _adopt(self, entry: Entry) -> None:
         container = Container(self._around, self._on_news)
