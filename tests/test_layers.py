@@ -30,7 +30,9 @@ ARROWS: dict[str, frozenset[str]] = {
     "client": VOCABULARY,
     "cli": frozenset({"client"}),
     "service": VOCABULARY | {"linux", "engine", "api"},
-    "server": VOCABULARY | {"linux", "engine", "service"},
+    "options": VOCABULARY,
+    "lean": frozenset(),
+    "server": VOCABULARY | {"linux", "engine", "service", "options", "lean"},
 }
 """For each part of the package the other parts that it may import; its own modules and the version, always."""
 

@@ -13,7 +13,9 @@ import socket
 import sys
 from typing import NoReturn
 
-from imageapi.config import Config, Site, parse, variables
+from imageapi import lean as lean
+from imageapi import options
+from imageapi.config import Config, Site
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem
 from imageapi.linux.systemd import Service
@@ -25,7 +27,7 @@ OLDEST_KERNEL = (5, 14)
 def main() -> NoReturn:
     """The whole life of the process. It leaves by os._exit: a thread that hangs must not keep it."""
     systemd = Service.take(os.environ)
-    config = parse(sys.argv[1:], os.environ)
+    config = options.parse(sys.argv[1:], os.environ)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         _check_host()
@@ -81,7 +83,7 @@ def _config_of_now(environment_file: str) -> Config:
     Raises: OSError; ValueError; SystemExit, when it says what cannot be, with a message on stderr.
     """
     with open(environment_file, encoding="utf-8") as file:
-        return parse(sys.argv[1:], {**os.environ, **variables(file.read())})
+        return options.parse(sys.argv[1:], {**os.environ, **options.variables(file.read())})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from imageapi.config import NO_LIMIT, Config, Site, duration, parse, size
+from imageapi.config import Config, Site
+from imageapi.options import NO_LIMIT, duration, parse, size
 from imageapi.records import Key
 
 pytestmark = pytest.mark.pure

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from imageapi.api.listen import Listeners
-from imageapi.config import Config, variables
+from imageapi.config import Config
 from imageapi.errors import Invalid
 from imageapi.linux.systemd import Service, with_grace
+from imageapi.options import variables
 
 pytestmark = pytest.mark.pure
 
