@@ -73,8 +73,9 @@ class Nursery(NamedTuple):
             child = Child(name, pid, descriptor, tie, end, 0, None, parked=False, lender=lent_by)
             undo.callback(self.dismiss, child)
             born, inode = pidfd.start_time(pid) or 0, pidfd.inode(descriptor)
+            parked = self.keep.park(descriptor, name)
             undo.pop_all()
-        return child._replace(born=born, inode=inode, parked=self.keep.park(descriptor, name))
+        return child._replace(born=born, inode=inode, parked=parked)
 
     def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, int, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
