@@ -90,6 +90,14 @@ def test_what_was_written_is_not_given_up_while_the_target_is_away(site: Site, m
     assert_nothing_left(site, "after the detach")
 
 
+def test_a_target_that_takes_connections_and_says_nothing_is_away(site: Site, lab: Lab) -> None:
+    what = record(definition(lab, lun=SCRATCH, ro=False))
+    refused = pytest.raises(errors.TimedOut, match="is detached when the target is back")
+    with attached(site, what), lab.server.silent(), refused:
+        DRIVER.release(what, site)
+    assert_nothing_left(site, "after the detach")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_daemon_ended_as_the_refusal_says_lets_go_of_all(site: Site, machine: Machine, lab: Lab, number: int) -> None:
     what = record(definition(lab, lun=SCRATCH, ro=False))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from drivers.dead_store import another
 from drivers.iscsi.on_target import (
     ACCOUNT,
     FAR,
@@ -262,13 +264,20 @@ def test_a_writer_is_alone_and_what_it_wrote_is_on_the_target(
 def test_a_target_that_stays_away_costs_what_was_not_written_and_no_more(
     initiator: Guest, guest_server: GuestServer, machine: Machine, lab: Lab
 ) -> None:
-    """What is only read is detached at once; what was written when the kernel gives it up, and that is told once."""
+    """What is only read is detached at once; what was written when the kernel gives it up, and that is told once.
+    Nobody else notices, and the server can be started again."""
     read = guest_server.post("/mount/iscsi", {"fs_type": "squashfs", "mount_options": ["ro"], "iscsi": asked()})
     written = guest_server.post("/attach/iscsi", asked(lun=SCRATCH, ro=False, max_comands=1))
-    initiator.sh("echo 1 >/sys/class/iscsi_session/session2/recovery_tmo")
+    initiator.sh("echo 10 >/sys/class/iscsi_session/session2/recovery_tmo")
     lab.server.kill()
     try:
         await_state(initiator, 1, "FAILED")
+        with another(guest_server) as untouched:
+            create = partial(guest_server.refused, "POST", "/attach/iscsi", 504, asked(lun=FAR))
+            untouched.while_late([create])
+        guest_server.stop()
+        guest_server.start()
+        assert len(guest_server.everything()) == 3
         guest_server.delete(f"/mount/iscsi/{read['id']}")
         await_state(initiator, 2, "FREE")
         problem = guest_server.refused("DELETE", f"/attach/iscsi/{written['id']}", 500)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
+from drivers.dead_store import Another, another
 from lab.guest.guest import Guest
 from lab.guest.server import GuestServer
 from lab.images import small_image
@@ -145,6 +147,11 @@ def test_a_server_that_falls_silent_costs_only_what_is_asked_of_it(
     guest: Guest, impatient_server: GuestServer, storage: NfsServer
 ) -> None:
     server = impatient_server
+    with another(server) as untouched:
+        costs_only_what_is_asked_of_it(guest, server, storage, untouched)
+
+
+def costs_only_what_is_asked_of_it(guest: Guest, server: GuestServer, storage: NfsServer, untouched: Another) -> None:
     guest.put(small_image(), f"/srv{STORE}/small.sqsh")
     unwritten, written, given_up = (server.post("/mount/nfs", export()) for _ in range(3))
     reading = "/bin/sh -c 'while :; do cat /bin/busybox >/dev/null; done'"
@@ -155,14 +162,13 @@ def test_a_server_that_falls_silent_costs_only_what_is_asked_of_it(
     guest.run("kill", "-KILL", *map(str, writers))
     guest.sh("echo 3 >/proc/sys/vm/drop_caches")
 
-    server.refused("POST", "/mount/nfs", 504, export())
+    untouched.while_late([partial(server.refused, "POST", "/mount/nfs", 504, export())])
     restarted(server)
     assert [one.get("problem") for one in server.everything()] == [None] * 8, "nobody is asked for them"
-    memory = server.post("/mount/tmpfs", {"size": "1M"})
-    server.delete(f"/mount/tmpfs/{memory['id']}")
 
     server.delete(f"/mount/nfs/{unwritten['id']}")
-    said = [server.refused("DELETE", f"/mount/nfs/{each['id']}", 504)["message"] for each in (written, given_up)]
+    deletes = [partial(server.refused, "DELETE", f"/mount/nfs/{each['id']}", 504) for each in (written, given_up)]
+    said = [each["message"] for each in untouched.while_late(deletes)]
     assert all("has not taken all that was written" in each for each in said)
     assert "is being deleted" in server.get(f"/mount/nfs/{written['id']}")["problem"]
     assert "has not ended in 6s" in server.refused("DELETE", f"/container/{container['id']}?force=1", 504)["message"]

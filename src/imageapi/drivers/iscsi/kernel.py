@@ -172,11 +172,16 @@ def _check_free(device: str) -> None:
 def _flush(key: Key, definition: Iscsi, device: str, site: Site) -> None:
     """Raises: errors.TimedOut when the target is away: a flush would wait in the kernel, where nothing can end it."""
     states = {session.state for session in ours(site, key)}
-    if states == {iscsi.FAILED}:
+    if states == {iscsi.FAILED} or (states == {iscsi.LOGGED_IN} and not _speaks(key, definition, site)):
         raise _away(definition, f"when the kernel gives it up, {database.RECOVERY_SECONDS} seconds after it went")
     if iscsi.LOGGED_IN not in states and multipath.queues(device):
         raise _away(definition, f"when multipathd gives it up, which 'dmsetup message {device} 0 fail_if_no_path' does")
     exported.flush(site, key, device, REFUSED)
+
+
+def _speaks(key: Key, definition: Iscsi, site: Site) -> bool:
+    """Whether a session of the one portal there is will be answered: the kernel takes ten seconds to see that not."""
+    return len(ours(site, key)) > 1 or portals.answers(definition)
 
 
 def _away(definition: Iscsi, otherwise: str) -> TimedOut:

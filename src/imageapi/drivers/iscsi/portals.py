@@ -184,8 +184,11 @@ def _disks(session: Login) -> str:
 
 
 def answers(definition: Iscsi) -> bool:
-    """Whether any of the portals takes a connection now."""
-    for portal in resolve(definition):
-        with contextlib.suppress(OSError), socket.create_connection(portal[:2], CONNECT_TIMEOUT):
-            return True
-    return False
+    """Whether the target speaks with us now, if only to refuse us. One that is stopped still takes connections."""
+    try:
+        reach(definition, Deadline(CONNECT_TIMEOUT))
+    except TimedOut:
+        return False
+    except Problem:
+        return True
+    return True

@@ -233,5 +233,9 @@ def _check_let_go(device: str) -> None:
     a detached tree or an overlay holds it. Another mount of it here is no leftover of ours."""
     if loop.is_free(device) or _mounted_at(device) or holders.until(lambda: loop.is_free(device)):
         return
-    users_of = [*mounts.elsewhere(device), *users.using(device)]
-    raise (not users_of and block.waiting(device)) or holders.busy(f"the file system on {device}", users_of)
+    what, users_of = f"the file system on {device}", [*mounts.elsewhere(device), *users.using(device)]
+    if users_of:
+        raise holders.busy(what, users_of)
+    raise block.waiting(device) or Conflict(
+        f"{what} is unmounted, and the kernel keeps it: what was written may still wait for its store; see to that"
+    )
