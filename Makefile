@@ -59,7 +59,7 @@ guest-tier:
 test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts: seconds.
 	$(PYTEST) -m pure $(PYTEST_ARGS)
 
-lab: $(VENV)/stamp-dev lab-packages  ## Give you a shell in a guest with a stock kernel, where the tests of block storage run (needs root).
+lab: $(VENV)/stamp-dev test-packages  ## Give you a shell in a guest with a stock kernel, a running server, and a store of each kind (needs root).
 	PYTHONPATH=src:tests $(BIN)/python -m lab.guest
 
 soak: $(VENV)/stamp-dev test-packages  ## Let clients work while servers, supervisors and helpers die: SOAK_ARGS="--minutes 60 --seed 1" (needs root).
