@@ -5,18 +5,36 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Collection
+from functools import partial
 
 from imageapi.drivers import holders, partitions
 from imageapi.errors import Conflict, Invalid
-from imageapi.linux import blockqueue, loop, mountinfo, users
+from imageapi.linux import blockqueue, killable, loop, mountinfo, users
 from imageapi.records import Facts
 
+ASKING = 1.0
+"""Seconds for a device that nobody knows to say whose it is."""
 
-def marked(prefix: str, but: Collection[str] = ()) -> dict[str, str]:
-    """The loop devices whose name begins with `prefix`, by name; without the devices `but`, and without those on what
-    a storage helper exports, a file that is a FUSE mount: whoever asks for the name asks the file, and it may hang."""
-    exports = {each.mountpoint for each in mountinfo.read(mention="fuse") if each.fstype.startswith("fuse")}
-    return loop.marked(prefix, skip={*exports, *but})
+
+def marked(prefix: str) -> dict[str, str]:
+    """The loop devices whose name begins with `prefix`, by name; but for those on what a storage helper exports, a
+    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang."""
+    return loop.marked(prefix, skip=_exports())
+
+
+def _exports() -> set[str]:
+    return {each.mountpoint for each in mountinfo.read(mention="fuse") if each.fstype.startswith("fuse")}
+
+
+def marked_besides(prefix: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The same without the devices `known`, each asked aside; and the devices that did not answer: anybody's file may
+    be on a server that is gone."""
+    exports = _exports()
+    devices = [each for each in loop.in_use() if each not in known and loop.backing_path(each) not in exports]
+    answers = killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)
+    found = {state.name: device for device, state in answers.items() if isinstance(state, loop.Status)}
+    silent = [device for device, answer in answers.items() if isinstance(answer, TimeoutError)]
+    return {name: device for name, device in found.items() if name.startswith(prefix)}, silent
 
 
 def find_loop(mark: str, known: str | None) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 from imageapi.config import Config, Site
 from imageapi.drivers.audit import Host, delete
@@ -26,6 +27,13 @@ DEADLINE = 4.0
 """Seconds for one look; what has not come back by then hangs."""
 PAUSES = (0.2, 0.5, 1.0)
 """Seconds before each further look: only what all looks have found is told."""
+
+
+class Answer(NamedTuple):
+    """What one part of a look has found, and what of it hangs; "" for nothing."""
+
+    found: list[Found]
+    hung: str = ""
 
 
 def check(site: Site, boot_id: str) -> Report:
@@ -47,7 +55,9 @@ def _look(site: Site, boot_id: str) -> Report:
     after = peek(site.state_dir)[0]
     known, standing = Known.of(after), {(record.key, record.token) for record in after if record.phase is Phase.LIVE}
     tokens = {record.key: record.token for record in before}
-    found = [one for answer in answers.values() if not isinstance(answer, Exception) for one in answer]
+    unseen = {name: str(answer) for name, answer in answers.items() if isinstance(answer, Exception)}
+    seen: dict[str, Answer] = {name: answer for name, answer in answers.items() if name not in unseen}
+    found = [one for answer in seen.values() for one in answer.found]
     kept = [
         one
         for one in found
@@ -55,11 +65,11 @@ def _look(site: Site, boot_id: str) -> Report:
         and one.of not in known.tokens
         and (one.about is None or (one.about, tokens.get(one.about)) in standing)
     ]
-    unseen = {name: str(answer) for name, answer in answers.items() if isinstance(answer, Exception)}
+    unseen |= {name: answer.hung for name, answer in seen.items() if answer.hung}
     return Report([*kept, *_pending(after), *map(_unreadable, unread)], unseen)
 
 
-def _questions(site: Site, boot_id: str, records: list[AnyRecord]) -> dict[str, Callable[[], list[Found]]]:
+def _questions(site: Site, boot_id: str, records: list[AnyRecord]) -> dict[str, Callable[[], Answer]]:
     known = Known.of(records)
     seen = leftovers.scene(site, boot_id, known.keys)
     live = [record for record in records if is_live(record, boot_id)]
@@ -70,17 +80,23 @@ def _questions(site: Site, boot_id: str, records: list[AnyRecord]) -> dict[str, 
     }
 
 
-def _audited(records: list[AnyRecord], site: Site) -> list[Found]:
+def _audited(records: list[AnyRecord], site: Site) -> Answer:
     findings = audit(records, site, Host())
-    return [Found(one.wrong.problem, one.wrong.remedy, about=one.key) for one in findings]
+    return Answer([Found(one.wrong.problem, one.wrong.remedy, about=one.key) for one in findings])
 
 
-def _strays(search: Search, site: Site, known: Known) -> list[Found]:
-    return [Found(f"{stray.what} has no record", stray.remedy, of=stray.of) for stray in search(site, known)]
+def _strays(search: Search, site: Site, known: Known) -> Answer:
+    found = []
+    try:
+        for stray in search(site, known):
+            found.append(Found(f"{stray.what} has no record", stray.remedy, of=stray.of))
+    except TimeoutError as hung:
+        return Answer(found, str(hung))
+    return Answer(found)
 
 
-def _leftovers(search: Callable[[Scene], Iterator[Leftover]], seen: Scene) -> list[Found]:
-    return [Found(one.what, one.remedy, of=one.of) for one in search(seen)]
+def _leftovers(search: Callable[[Scene], Iterator[Leftover]], seen: Scene) -> Answer:
+    return Answer([Found(one.what, one.remedy, of=one.of) for one in search(seen)])
 
 
 def _pending(records: Iterable[AnyRecord]) -> list[Found]:

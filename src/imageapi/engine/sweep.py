@@ -18,7 +18,7 @@ from typing import NamedTuple
 from imageapi.config import Site
 from imageapi.drivers import block, exported, progress, storage_daemon
 from imageapi.errors import Problem
-from imageapi.linux import iscsi, krbd, mountinfo
+from imageapi.linux import iscsi, krbd, loop, mountinfo
 from imageapi.linux.tree import remove_tree
 from imageapi.records import AnyRecord, Key
 from imageapi.store import peek
@@ -57,6 +57,7 @@ class Stray(NamedTuple):
 
 
 Search = Callable[[Site, Known], Iterator[Stray]]
+"""What it yields it has found; TimeoutError at its end says what could not be looked at."""
 
 
 def sweep(site: Site) -> list[str]:
@@ -65,7 +66,14 @@ def sweep(site: Site) -> list[str]:
     What cannot be removed is left, and logged by its error: the next start tries again.
     """
     known = Known.of(peek(site.state_dir)[0])
-    return [removed for search in SEARCHES.values() for stray in search(site, known) for removed in _attempt(stray)]
+    removed = []
+    for search in SEARCHES.values():
+        try:
+            for stray in search(site, known):
+                removed += _attempt(stray)
+        except TimeoutError as hung:
+            log.warning("%s", hung)
+    return removed
 
 
 def _attempt(stray: Stray) -> list[str]:
@@ -110,11 +118,15 @@ def _clear_directory(path: str) -> None:
 
 
 def _loops(site: Site, known: Known) -> Iterator[Stray]:
-    for mark, device in block.marked(site.mark_prefix, but=known.devices).items():
+    marks, silent = block.marked_besides(site.mark_prefix, known.devices)
+    for mark, device in marks.items():
         key = _marked(mark, site)
         if key is not None and key not in known.keys:
             what = f"the loop device {device}, marked {mark}"
             yield Stray(what, f"losetup -d {device}", partial(block.detach_loop, device, mark), key)
+    if silent:
+        files = (f"{device} on {loop.backing_path(device)}" for device in silent)
+        raise TimeoutError(f"{', '.join(files)} does not say whose it is: its storage does not answer")
 
 
 def _marked(mark: str, site: Site) -> Key | None:

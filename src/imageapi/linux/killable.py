@@ -130,4 +130,4 @@ def _hear(pending: dict[int, str], deadline: float) -> dict[str, bytes]:
 
 
 def _answer(data: bytes) -> Any:
-    return pickle.loads(data) if data else TimeoutError(errno.ETIMEDOUT, "it hangs")
+    return pickle.loads(data) if data else TimeoutError("it hangs")

@@ -240,12 +240,11 @@ def _still_carries(device: str, name: str | None) -> bool:
 
 
 def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:
-    """The devices in use whose name begins with `prefix`, by name. Devices and files in `skip` are not looked at: one
+    """The devices in use whose name begins with `prefix`, by name. Those of the files `skip` are not looked at: one
     file that hangs would hang the whole search."""
     found: dict[str, str] = {}
-    for number in _in_use():
-        device = f"/dev/loop{number}"
-        if skip and (device in skip or backing_path(device) in skip):
+    for device in in_use():
+        if skip and backing_path(device) in skip:
             continue
         with contextlib.suppress(OSError):
             state = status(device)
@@ -267,10 +266,10 @@ def attribute(device: str, name: str) -> str:
         return ""
 
 
-def _in_use() -> list[int]:
-    """The numbers of the attached devices: sysfs shows the `loop` attributes of those alone."""
-    names = (name[4:] for name in os.listdir("/sys/block") if name.startswith("loop"))
-    return [int(name) for name in names if name.isdigit() and os.path.exists(f"/sys/block/loop{name}/loop")]
+def in_use() -> list[str]:
+    """The attached devices: sysfs shows the `loop` attributes of those alone."""
+    names = [name for name in os.listdir("/sys/block") if name.startswith("loop") and name[4:].isdigit()]
+    return [f"/dev/{name}" for name in names if os.path.exists(f"/sys/block/{name}/loop")]
 
 
 def is_free(device: str) -> bool:
