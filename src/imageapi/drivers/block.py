@@ -9,7 +9,7 @@ from functools import partial
 
 from imageapi.drivers import holders, partitions
 from imageapi.errors import Conflict, Invalid
-from imageapi.linux import blockqueue, killable, loop, mountinfo, users
+from imageapi.linux import blockqueue, loop, mountinfo, users
 from imageapi.records import Facts
 
 ASKING = 1.0
@@ -29,6 +29,8 @@ def _exports() -> set[str]:
 def marked_besides(prefix: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The same without the devices `known`, each asked aside; and the devices that did not answer: anybody's file may
     be on a server that is gone."""
+    from imageapi.linux import killable  # only a sweep and a report have use for it
+
     exports = _exports()
     devices = [each for each in loop.in_use() if each not in known and loop.backing_path(each) not in exports]
     answers = killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)

@@ -28,6 +28,8 @@ SHARE = 10
 """A look that took long is followed by a pause of so many times that."""
 AGAIN = 30.0
 """Seconds until the next look after one that failed."""
+LONGEST = 25.0
+"""Seconds for a look, or a report, however few a request has."""
 
 
 class Auditor:
@@ -57,9 +59,9 @@ class Auditor:
                 return max(SETTLE, SHARE * (time.monotonic() - begun))
             await asyncio.sleep(AGAIN)
 
-    async def look(self, watch: Watch | None, patience: float | None = None) -> bool:
+    async def look(self, watch: Watch | None, patience: float = LONGEST) -> bool:
         """Compare all records with the host, and say what is wrong; whether that could be done, within `patience`
-        seconds where that is less than an operation's time."""
+        seconds."""
         if watch is not None:
             watch.arm()
         try:
@@ -82,7 +84,7 @@ class Auditor:
 
     async def check(self) -> Report:
         """The leak report, without what is being done just now. Raises: errors.Problem."""
-        report: Report = await self._jobs.run(APART, Job("check", self._boot_id))
+        report: Report = await self._jobs.run(APART, Job("check", self._boot_id), LONGEST)
         return report._replace(found=[one for one in report.found if self._is_left(one)])
 
     def _is_left(self, one: Found) -> bool:
