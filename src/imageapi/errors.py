@@ -23,6 +23,7 @@ A problem is one sentence that says what to do, and fields that help: `path` (JS
 from __future__ import annotations
 
 import errno as codes
+import os
 from typing import Any, ClassVar
 
 
@@ -135,6 +136,14 @@ def from_dict(body: dict[str, Any]) -> Problem:
     """The problem that `to_dict` described, as raised in another process."""
     fields = {name: value for name, value in body.items() if name not in ("code", "message")}
     return BY_CODE.get(body["code"], Problem)(body["message"], **fields)
+
+
+def exhausted(words: str, step: str) -> Exhausted | None:
+    """What another program's `words` say that the host has run out of; None when they say nothing of the kind."""
+    for number, remedy in EXHAUSTION.items():
+        if number != codes.EROFS and os.strerror(number) in words:
+            return Exhausted(f"{step}: {remedy}", step=step, errno=codes.errorcode[number], detail=words)
+    return None
 
 
 def from_oserror(error: OSError, step: str) -> Problem:

@@ -38,14 +38,23 @@ class Phase(StrEnum):
     STUCK = "stuck"
 
 
+class Helper(NamedTuple):
+    """A process that an object cannot do without: its number, and when it began, in clock ticks since the boot."""
+
+    pid: int
+    start_time: int
+
+
 class Facts(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a driver's acquire learnt. `detail` is the driver's own and only it reads it."""
+    """What a driver's acquire learnt. `detail` is the driver's own and only it reads it; whoever has a `helper` can be
+    mended when that has ended."""
 
     device_file: str | None = None
     device_id: int | None = None
     mountpoint: str | None = None
     upperdir: str | None = None
     workdir: str | None = None
+    helper: Helper | None = None
     detail: dict[str, Any] = {}
 
 

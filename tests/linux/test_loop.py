@@ -228,7 +228,7 @@ def test_another_file_can_be_put_under_a_mount(attach: Attach, spot: Path, run_d
     mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
     try:
         with open(images.small_image("squashfs"), "rb") as file:
-            loop.change_fd(device, file.fileno())
+            loop.change_file(device, file.fileno(), "another")
         copy.write_bytes(b"")
         assert (spot / "data/message").read_text() == "written when the image was made\n"
         assert state_of(device).backing[1] == images.small_image("squashfs").stat().st_ino
@@ -238,7 +238,7 @@ def test_another_file_can_be_put_under_a_mount(attach: Attach, spot: Path, run_d
 
 def test_another_file_must_have_the_same_size(attach: Attach) -> None:
     with open(images.small_image("erofs"), "rb") as file, pytest.raises(OSError, match="Invalid") as refusal:
-        loop.change_fd(attach(), file.fileno())
+        loop.change_file(attach(), file.fileno(), "another")
     assert refusal.value.errno == errno.EINVAL
 
 

@@ -1,4 +1,5 @@
-"""What every kind of attachment and mount provides: three verbs, and what the engine must know before it acts.
+"""What every kind of attachment and mount provides: three verbs, five where a helper serves its objects, and what the
+engine must know before it acts.
 
 A driver is a module `drivers/attach/<kind>.py` or `drivers/mount/<kind>.py` with a class `Driver`. Its verbs run in a
 worker process, where they may block; they hold nothing in memory between calls. `release` needs only the record, may
@@ -62,6 +63,22 @@ class Driver(Protocol):
     def store(self, definition: Any) -> str:
         """The store whose failure would make this object's verbs hang: a limit on workers applies to each. A kind
         whose objects are copies, which need it only to be made, has a `copies` that is true."""
+        ...
+
+
+class HelpedDriver(Driver, Protocol):
+    """A kind whose objects may have a `helper` in their facts: a process without which they are nothing."""
+
+    def mend(self, record: AnyRecord, site: Site) -> Facts:
+        """Make the object work again, for those who stand on it, when its helper has ended or it was severed.
+
+        Raises: errors.Conflict when it never can be; any other problem when it may be tried again.
+        """
+        ...
+
+    def sever(self, record: AnyRecord, site: Site) -> bool:
+        """If the object's store is silent, have all that waits for it fail at once, so that its users can be ended; it
+        is mended after that. False, and nothing done, where it answers, or something written might be lost."""
         ...
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from imageapi.drivers import holders, partitions
 from imageapi.errors import Conflict, Invalid
 from imageapi.linux import blockqueue, loop, mountinfo, users
-from imageapi.records import Facts
+from imageapi.records import Facts, Helper
 
 ASKING = 1.0
 """Seconds for a device that nobody knows to say whose it is."""
@@ -48,11 +48,11 @@ def find_loop(mark: str, known: str | None) -> str | None:
     return marked(mark).get(mark)
 
 
-def facts(device: str) -> Facts:
+def facts(device: str, helper: Helper | None = None) -> Facts:
     """What an attachment has learnt whose device is `device`. `device_id` is the number in its name, as in /dev/rbd0;
     /dev/sda has none."""
     number = device.lstrip("/abcdefghijklmnopqrstuvwxyz-")
-    return Facts(device_file=device, device_id=int(number) if number.isdigit() else None)
+    return Facts(device_file=device, device_id=int(number) if number.isdigit() else None, helper=helper)
 
 
 def detach_loop(device: str, name: str | None = None) -> None:

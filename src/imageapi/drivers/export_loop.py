@@ -9,15 +9,21 @@ mount along.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import zlib
 
 from imageapi.config import Site
 from imageapi.drivers.storage_daemon import export_path, private_path
+from imageapi.errors import Conflict
 from imageapi.linux import loop, mountinfo, sysfs
 from imageapi.records import Key
 
 NOTE = "loop"
-"""The file beside the export: `loop3 41`, the device and its sequence number."""
+"""The file beside the export: `loop3 41 1048576 2868472`: the device, its sequence number, the size of the image in
+bytes, and a checksum of its first `HEAD` bytes, where file systems have what tells one from another."""
+
+HEAD = 4096
 
 
 def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -> str:
@@ -33,12 +39,58 @@ def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -
     try:
         mark = site.mark(key)
         device, _ = loop.attach(file, mark, read_only=read_only, direct_io=read_only, partitions=partitions)
+        _note(site, key, device, *_likeness(file))
     finally:
         os.close(file)
-    name = os.path.basename(device)
-    with open(private_path(site, key, NOTE), "w", encoding="ascii") as note:
-        note.write(f"{name} {_sysfs(name, 'diskseq')}")
     return device
+
+
+def move(site: Site, key: Key, device: str) -> None:
+    """Put a device that is only read on the file that is exported now, whatever is mounted on it. Done again, it
+    finishes what a death has left half done.
+
+    Raises: errors.Conflict when it is another image than before; OSError.
+    """
+    likeness = _noted_likeness(site, key)
+    file = os.open(export_path(site, key), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if likeness != _likeness(file):
+            raise Conflict(
+                f"the image is not what it was when {device} was put on it: stop what uses it, delete it, and make it "
+                "again"
+            )
+        loop.change_file(device, file, site.mark(key))
+        _note(site, key, device, *likeness)
+    finally:
+        os.close(file)
+
+
+def is_whole(site: Site, key: Key, device: str) -> bool:
+    """Whether the device stands on the file that is exported now, and from its begin."""
+    name = os.path.basename(device)
+    file = mountinfo.place(export_path(site, key))
+    return (_sysfs(name, "loop/backing_file"), _sysfs(name, "loop/offset")) == (file, "0")
+
+
+def _likeness(file: int) -> tuple[str, str]:
+    """What another image has not in common with this one: its size, and a checksum of how it begins."""
+    return str(os.fstat(file).st_size), str(zlib.crc32(os.pread(file, HEAD, 0)))
+
+
+def _noted_likeness(site: Site, key: Key) -> tuple[str, str]:
+    """Raises: errors.Conflict where a device was made by somebody who did not note it."""
+    with contextlib.suppress(OSError, ValueError), open(private_path(site, key, NOTE), encoding="ascii") as note:
+        _, _, size, checksum = note.read().split()
+        return size, checksum
+    raise Conflict("it is not known any more what its image was: stop what uses it, delete it, and make it again")
+
+
+def _note(site: Site, key: Key, device: str, size: str, checksum: str) -> None:
+    name = os.path.basename(device)
+    path = private_path(site, key, NOTE)
+    with open(f"{path}.new", "w", encoding="ascii") as note:
+        note.write(f"{name} {_sysfs(name, 'diskseq')} {size} {checksum}")
+    os.rename(f"{path}.new", path)
 
 
 def find(site: Site, key: Key) -> str | None:
@@ -54,8 +106,8 @@ def find(site: Site, key: Key) -> str | None:
 def _noted(note: str, file: str) -> str | None:
     try:
         with open(note, encoding="ascii") as opened:
-            name, _, sequence = opened.read().partition(" ")
-    except FileNotFoundError:
+            name, sequence, *_ = opened.read().split()
+    except (FileNotFoundError, ValueError):
         return None
     backing = _sysfs(name, "loop/backing_file")
     still_there = backing == file or (backing == "/" and _sysfs(name, "diskseq") == sequence)

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 
 from imageapi.config import Site
 from imageapi.drivers import block, export_loop, storage_daemon
 from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
-from imageapi.errors import Problem
+from imageapi.errors import Conflict, Problem
 from imageapi.linux import loop
 from imageapi.records import Key
 
 DEADLINE = 20.0
 """Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
+
+MEND_DEADLINE = 8.0
+"""Seconds for one try to mend an image: a delete waits for it."""
+
+PATIENCE = 1.0
+"""Seconds for the kernel to let go of what stands on an image; then it is cut off from the daemon."""
 
 REFUSED = "refused"
 """The file beside the export that notes that writes were refused."""
@@ -40,7 +47,8 @@ def attach(
     with contextlib.ExitStack() as undo:
         storage_daemon.export(site, key, source, deadline)
         undo.callback(abandon, key, site)
-        device = export_loop.attach(site, key, read_only=source.read_only, partitions=partitions)
+        with storage_daemon.cut_off_when_late(site, key, deadline.left()):
+            device = export_loop.attach(site, key, read_only=source.read_only, partitions=partitions)
         block.set_scheduler(device, scheduler)
         undo.pop_all()
     return device
@@ -55,14 +63,40 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
     if not storage_daemon.known(site, key):
         return
     device = export_loop.find(site, key)
-    if device is not None and not loop.is_free(device):
-        raise block.busy(device)
-    storage_daemon.settle(site, key, deadline, expendable=read_only)
-    if device is not None:
-        if not read_only and storage_daemon.standing(site, key):
-            flush(site, key, device, hint)
-        _let_go(device)
+    with storage_daemon.cut_off_when_late(site, key, PATIENCE, expendable=read_only):
+        if device is not None and not loop.is_free(device):
+            raise block.busy(device)
+        if not read_only:
+            storage_daemon.check_answers(site, key, deadline)
+        if device is not None:
+            if not read_only and storage_daemon.standing(site, key):
+                flush(site, key, device, hint)
+            _let_go(device)
     storage_daemon.withdraw(site, key, deadline, expendable=read_only)
+
+
+def mend(site: Site, key: Key, source: Callable[[], Source], deadline: Deadline, *, read_only: bool) -> str:
+    """Have the image's block device work again when its daemon has ended, or the kernel was cut off from it; the
+    device. `source` is asked only if there is something to mend.
+
+    A device that can be written is left as it is: what was on its way to the daemon is lost, and a file system that
+    went on as if nothing had been would be in ruins.
+
+    Raises: what `storage_daemon.restore` raises; errors.Conflict when it never can be mended.
+    """
+    device = export_loop.find(site, key)
+    if device is None:
+        raise Conflict("it is gone from the kernel: delete it, and make it again")
+    if not read_only:
+        raise Conflict(
+            f"the storage daemon under {device} has ended, and with it what was written and had not reached the store "
+            "yet: stop what uses it, delete it, and make it again"
+        )
+    if not (storage_daemon.standing(site, key) and export_loop.is_whole(site, key, device)):
+        storage_daemon.restore(site, key, source(), deadline)
+        with storage_daemon.cut_off_when_late(site, key, deadline.left()):
+            export_loop.move(site, key, device)
+    return device
 
 
 def abandon(key: Key, site: Site) -> None:
@@ -70,15 +104,25 @@ def abandon(key: Key, site: Site) -> None:
 
     Raises: errors.Conflict while the device is in use; TimeoutError when the daemon hangs; OSError.
     """
-    device = export_loop.find(site, key)
-    if device is not None:
-        _let_go(device)
+    with storage_daemon.cut_off_when_late(site, key, PATIENCE):
+        if (device := export_loop.find(site, key)) is not None:
+            _let_go(device)
     storage_daemon.withdraw(site, key, Deadline(DEADLINE), expendable=True)
+
+
+def sever(key: Key, site: Site, *, read_only: bool) -> bool:
+    """If the image is silent, have all that waits for it fail, so that its users can be ended; whether it was done.
+    What can be written is never cut off."""
+    if not read_only or not storage_daemon.is_silent(site, key):
+        return False
+    storage_daemon.sever(site, key)
+    return True
 
 
 def observe(key: Key, site: Site) -> str | None:
     """The block device, if all that it stands on is there."""
-    return export_loop.find(site, key) if storage_daemon.standing(site, key) else None
+    device = export_loop.find(site, key) if storage_daemon.standing(site, key) else None
+    return device if device is not None and export_loop.is_whole(site, key, device) else None
 
 
 def _let_go(device: str) -> None:

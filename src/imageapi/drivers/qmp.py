@@ -39,6 +39,13 @@ class Deadline:
             raise TimeoutError("the deadline has passed")
         return left
 
+    def within(self, seconds: float) -> Deadline:
+        """This moment, or the one in so many seconds if that is sooner.
+
+        Raises: TimeoutError when it has passed.
+        """
+        return Deadline(min(seconds, self.left()))
+
     def wait(self, done: Callable[[], bool]) -> None:
         """Return once `done` holds. It is asked every few milliseconds: use it where nothing can be polled.
 

@@ -2,11 +2,12 @@
 
     helpers/attach-3/daemon   -> ../daemon-<group>-0    written first: whatever a crash leaves is found by it
     helpers/attach-3/export                             the file; the FUSE mount lies on it
+    helpers/attach-3/left                               nothing of the kernel's stands on it, but the daemon hangs
     helpers/daemon-<group>-0/{qmp,pid}                  one daemon: at most `LIMIT` images of one group
 
-A daemon runs detached and outlives whoever started it. All that is known of it is in these files and in itself, so any
-process can take over. Its directory is its lock (flock(2)): who talks to it, or ends it, holds that. A group is one
-store seen by one user: a store that hangs stops its own images only. A daemon ends with its last image.
+A daemon runs detached and outlives whoever started it. A group is one store seen by one user: a store that hangs stops
+its own images only. Each image has a thread of its own in the daemon, so that one which waits for its store, or one
+that is just being opened, holds up no other. A daemon ends with its last image.
 
 A daemon lives in the mount namespace of whoever starts it, which has to be the host's.
 """
@@ -16,32 +17,46 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import mmap
 import os
-import select
-import signal
-import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from imageapi.config import Site
-from imageapi.drivers.qmp import Deadline, Qmp, QmpError, conversation, descriptor, listens
-from imageapi.errors import Conflict, Problem, Unsupported
-from imageapi.linux import mount, mountinfo, process, scope
+from imageapi.drivers import daemon_process
+from imageapi.drivers.daemon_process import (
+    EXPORT,
+    LEFT,
+    PACKAGES,
+    PROGRAM,
+    QUIT_TIMEOUT,
+    Daemon,
+    link,
+    missing,
+)
+from imageapi.drivers.qmp import Deadline, Qmp, QmpError, descriptor, listens
+from imageapi.errors import Conflict, TimedOut
+from imageapi.linux import mount, mountinfo
 from imageapi.linux.tree import remove_tree
-from imageapi.records import Key
+from imageapi.records import Helper, Key
 from imageapi.spec import COLLECTIONS, Secret
 
-PROGRAM = "qemu-storage-daemon"
-PACKAGES = "qemu-storage-daemon and its block drivers (on Debian: qemu-system-common and qemu-block-extra)"
-FUSE = "/dev/fuse"
+__all__ = ["PACKAGES", "PROGRAM", "missing"]
+
 LIMIT = 20
 """The most images of one daemon: its crash takes no more than these."""
 
-QUIT_TIMEOUT = 2.0
-"""Seconds for a daemon without images to end by itself; then it is killed."""
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for a daemon that is busy with another image; then another daemon is taken, or one comes again."""
 
-GREETING_TIMEOUT = 5.0
-"""Seconds after which a daemon that nobody else talks to, and that does not greet, hangs."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for a daemon to let go of an image that is only read."""
+
+SILENCE = 1.0
+"""Seconds within which whoever reads from an image that works gets an answer, if only an error."""
+
+LOST_WITH_IT = ", and then what was written and has not reached the store is lost"
 
 SECRET_ID = "key"
 """Under which a daemon has a secret while it opens an image. One at a time: the daemon is locked."""
@@ -59,15 +74,6 @@ class Source(NamedTuple):
     secret_argument: str = "key-secret"
 
 
-def missing() -> str | None:
-    """What keeps a daemon from being used here, and the remedy. Its block drivers are seen only when they are used."""
-    if process.find_program(PROGRAM) is None:
-        return f"install {PACKAGES}"
-    if not os.path.exists(FUSE):
-        return f"there is no {FUSE}; load the module fuse"
-    return None
-
-
 # ---------------------------------------------------------------------------------------------- the verbs
 
 
@@ -76,12 +82,11 @@ def export(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
     others too: then `withdraw` has to be called until it succeeds.
 
     Raises: QmpError in QEMU's words; TimeoutError; ConnectionError when the daemon ended; errors.Unsupported without
-    the program.
+    the program; errors.Exhausted.
     """
     with contextlib.ExitStack() as undo:
         undo.callback(_give_up, site, key)
         with _joined(site, key, source.group, deadline) as daemon:
-            daemon.ensure_running(deadline)
             _write_files(site, key, source)
             with daemon.conversation(deadline) as qmp:
                 _open(qmp, _node(site, key), export_path(site, key), source)
@@ -90,48 +95,132 @@ def export(site: Site, key: Key, source: Source, deadline: Deadline) -> str:
 
 
 def _give_up(site: Site, key: Key) -> None:
-    with contextlib.suppress(TimeoutError, ConnectionError):
+    with contextlib.suppress(TimeoutError, TimedOut, ConnectionError):
         withdraw(site, key, Deadline(QUIT_TIMEOUT), expendable=True)
 
 
-def settle(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
-    """See that whoever looks at the image's file now gets an answer, if only an error: its daemon answers, or is dead.
-    One that hangs is killed when it serves this image alone and the image is `expendable`: nothing written is lost.
+def restore(site: Site, key: Key, source: Source, deadline: Deadline) -> None:
+    """Make the image a file again, at the same place, when its daemon has ended or the kernel was cut off from it.
 
-    Raises: TimeoutError when it hangs and may not be killed.
+    Raises: as `export`, but nothing is undone, since the image's user is still there.
+    """
+    name = _daemon_of(site, key)
+    if name is None:
+        raise Conflict(f"the storage daemon of {key} is not known any more")
+    with _locked(site, name, deadline) as daemon:
+        daemon.ensure_answering(_directory(key), deadline)
+        if mountinfo.at(export_path(site, key)) is None:
+            _write_files(site, key, source)
+            with _freed(daemon, key), daemon.conversation(deadline) as qmp:
+                _close(qmp, _node(site, key), deadline)
+                _open(qmp, _node(site, key), export_path(site, key), source)
+
+
+@contextlib.contextmanager
+def _freed(daemon: Daemon, key: Key) -> Iterator[None]:
+    """A daemon that hangs in what it is asked within is killed, if nobody needs it: the next try finds a new one."""
+    try:
+        yield
+    except TimeoutError:
+        if not daemon.serves_others(_directory(key)):
+            daemon.kill()
+        raise
+
+
+def check_answers(site: Site, key: Key, deadline: Deadline) -> None:
+    """See that the daemon of an image, if it lives, is there to be asked.
+
+    Raises: errors.TimedOut, with what is to be done about it.
     """
     name = _daemon_of(site, key)
     if name is None:
         return
-    with _locked(site, name, deadline) as daemon, _killing(daemon, key, expendable=expendable):
-        daemon.greet(Deadline(GREETING_TIMEOUT))
+    with _locked(site, name, deadline) as daemon:
+        if daemon.hangs(deadline):
+            raise daemon.silence(LOST_WITH_IT)
 
 
 def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:
-    """Undo `export`, or what a crash left of it; a second time it does nothing. `expendable` is as for `settle`.
+    """Undo `export`, or what a crash left of it; a second time it does nothing. A daemon that hangs is killed when
+    that costs nobody anything: it serves this image alone, and what was written to it is `expendable`.
 
-    Raises: errors.Conflict while something still uses the file; TimeoutError when the daemon hangs.
+    Raises: errors.Conflict while something still uses the file; errors.TimedOut when the daemon hangs; TimeoutError
+    when it is busy.
     """
     name = _daemon_of(site, key)
     if name is None:
         _unmount_export(site, key)
         _remove_directory(site, key)
         return
-    with _locked(site, name, deadline) as daemon:
-        with _killing(daemon, key, expendable=expendable):
-            daemon.close(_node(site, key), deadline)
+    with _locked(site, name, deadline.within(LOCK_TIMEOUT)) as daemon:
+        with _killing(site, daemon, key, expendable=expendable):
+            _let_go(daemon, _node(site, key), deadline.within(CLOSE_TIMEOUT) if expendable else deadline)
         _leave(site, key, daemon)
 
 
 @contextlib.contextmanager
-def _killing(daemon: Daemon, key: Key, *, expendable: bool) -> Iterator[None]:
+def _killing(site: Site, daemon: Daemon, key: Key, *, expendable: bool) -> Iterator[None]:
     """What is asked within has a deadline. A daemon that misses it is killed if that costs nobody anything."""
     try:
         yield
     except TimeoutError:
-        if not expendable or daemon.members() != [_directory(key)]:
-            raise
+        if not expendable:
+            raise daemon.silence(LOST_WITH_IT) from None
+        if daemon.serves_others(_directory(key)):
+            _write(private_path(site, key, LEFT), "")
+            raise daemon.silence() from None
         daemon.kill()
+
+
+@contextlib.contextmanager
+def cut_off_when_late(site: Site, key: Key, seconds: float, *, expendable: bool = True) -> Iterator[None]:
+    """What is done within may wait for the image, and if that is `expendable`, not for ever: after so many `seconds`
+    the kernel is cut off from the daemon, so that whoever waits gets an error.
+
+    Raises: TimeoutError for an error that came of this.
+    """
+    late = threading.Timer(seconds, sever, (site, key))
+    if expendable:
+        late.start()
+    try:
+        yield
+    except OSError:
+        if late.finished.is_set():
+            raise TimeoutError("the image did not answer") from None
+        raise
+    finally:
+        late.cancel()
+        if expendable:
+            late.join()
+
+
+def sever(site: Site, key: Key) -> None:
+    """Cut the kernel off from the daemon that has the image open: all that waits for it fails at once."""
+    daemon_process.detach(export_path(site, key))
+
+
+def is_silent(site: Site, key: Key) -> bool:
+    """Whether the image's file is there, and a read of it gets no answer at all within `SILENCE`. Who looks gets one
+    when the file is severed, at the latest."""
+    looking = threading.Thread(target=_look, args=(export_path(site, key),), daemon=True)
+    looking.start()
+    looking.join(SILENCE)
+    return looking.is_alive()
+
+
+def _look(path: str) -> None:
+    with contextlib.suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            os.preadv(file, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+        finally:
+            os.close(file)
+
+
+def helper(site: Site, key: Key) -> Helper | None:
+    """The process without which the image is gone; None when there is none, or it has ended."""
+    name = _daemon_of(site, key)
+    return None if name is None else Daemon(site, name, -1).helper()
 
 
 def known(site: Site, key: Key) -> bool:
@@ -168,7 +257,7 @@ def standing(site: Site, key: Key) -> bool:
 
 def export_path(site: Site, key: Key) -> str:
     """Where the image of `key` is a file."""
-    return private_path(site, key, "export")
+    return private_path(site, key, EXPORT)
 
 
 def private_path(site: Site, key: Key, name: str) -> str:
@@ -176,168 +265,36 @@ def private_path(site: Site, key: Key, name: str) -> str:
     return f"{site.helpers_dir}/{_directory(key)}/{name}"
 
 
-# --------------------------------------------------------------------------------------------- one daemon
-
-
-class Daemon:
-    """A daemon whose lock is held. It may be running, not yet running, or dead."""
-
-    def __init__(self, site: Site, name: str, directory: int) -> None:
-        self._site = site
-        self._name = name
-        self._directory = directory
-        self.path = f"{site.helpers_dir}/{name}"
-
-    def members(self) -> list[str]:
-        """The directories of the images it serves, those included that are only on the way."""
-        helpers = self._site.helpers_dir
-        return [entry for entry in os.listdir(helpers) if _link(f"{helpers}/{entry}") == self._name]
-
-    def conversation(self, deadline: Deadline) -> contextlib.AbstractContextManager[Qmp]:
-        """Talk to it."""
-        return conversation(self._directory, "qmp", deadline)
-
-    def ensure_running(self, deadline: Deadline) -> None:
-        """Start it, unless it runs.
-
-        Raises: errors.Unsupported, errors.Problem, TimeoutError.
-        """
-        if listens(self._directory, "qmp"):
-            return
-        self.kill()
-        for name in ("qmp", "pid"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._directory)
-        self._start(deadline)
-
-    def _start(self, deadline: Deadline) -> None:
-        chardev = "socket,path=qmp,server=on,wait=off,id=qmp"
-        command = [PROGRAM, "--daemonize", *self._identity, "--chardev", chardev, "--monitor", "chardev=qmp"]
-        environment = {"PATH": os.environ.get("PATH", os.defpath)}
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.path,
-                env=environment,
-                umask=0o077,
-                timeout=deadline.left(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        except FileNotFoundError:
-            raise Unsupported(f"this host has no {PROGRAM}: install {PACKAGES}") from None
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{PROGRAM} did not start in time") from None
-        if done.returncode:
-            raise Problem(f"{PROGRAM} did not start", step="start the storage daemon", detail=done.stderr.strip())
-        with contextlib.suppress(OSError):  # it stays in the unit of the server, whose KillMode= spares it
-            scope.join(self._site.scope, self.pid() or 0)
-
-    @property
-    def _identity(self) -> tuple[str, str]:
-        """The words of its command line that no other process has."""
-        return "--pidfile", f"{self.path}/pid"
-
-    def greet(self, deadline: Deadline) -> None:
-        """See that it answers, if it lives.
-
-        Raises: TimeoutError.
-        """
-        if listens(self._directory, "qmp"):
-            with contextlib.suppress(ConnectionError), self.conversation(deadline):
-                pass
-
-    def close(self, node: str, deadline: Deadline) -> None:
-        """Let go of one image, if a living daemon holds it."""
-        if not listens(self._directory, "qmp"):
-            return
-        with contextlib.suppress(ConnectionError), self.conversation(deadline) as qmp:
-            _close(qmp, node, deadline)
-
-    def end(self) -> None:
-        """End it and remove its directory."""
-        if listens(self._directory, "qmp"):
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                self._quit(Deadline(QUIT_TIMEOUT))
-        self.kill()
-        remove_tree(self.path)
-
-    def _quit(self, deadline: Deadline) -> None:
-        with self._process() as pidfd:
-            with self.conversation(deadline) as qmp:
-                qmp.execute("quit")
-            if pidfd is not None:
-                _await_end(pidfd, deadline.left())
-
-    def kill(self) -> None:
-        """SIGKILL it, if it runs."""
-        with self._process() as pidfd:
-            if pidfd is None:
-                return
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _await_end(pidfd, QUIT_TIMEOUT)
-
-    def pid(self) -> int | None:
-        """Its number; None when it has ended. The one in the file may be another's by now: its command line tells."""
-        try:
-            with open(f"{self.path}/pid", encoding="ascii") as file:
-                pid = int(file.read())
-        except (FileNotFoundError, ValueError):
-            return None
-        return pid if self._identity[1].encode() in _command_line(pid) else None
-
-    @contextlib.contextmanager
-    def _process(self) -> Iterator[int | None]:
-        """A pidfd of it; None when it has ended. It is looked at again once the pidfd holds the process."""
-        pid = self.pid()
-        try:
-            pidfd = None if pid is None else os.pidfd_open(pid)
-        except ProcessLookupError:
-            pidfd = None
-        if pidfd is None:
-            yield None
-            return
-        try:
-            yield pidfd if self.pid() == pid else None
-        finally:
-            os.close(pidfd)
-
-
-def _command_line(pid: int) -> list[bytes]:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _await_end(pidfd: int, seconds: float) -> None:
-    """A pidfd is readable once its process is a zombie, whoever has to reap it."""
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    if not poller.poll(seconds * 1000):
-        raise TimeoutError(f"{PROGRAM} did not end")
-
-
 # --------------------------------------------------------------------------------- what is said to a daemon
 
 
+def _let_go(daemon: Daemon, node: str, deadline: Deadline) -> None:
+    """Have it close one image, if it lives and has it open."""
+    if daemon.listens:
+        with contextlib.suppress(ConnectionError), daemon.conversation(deadline) as qmp:
+            _close(qmp, node, deadline)
+
+
 def _open(qmp: Qmp, node: str, path: str, source: Source) -> None:
+    """Open the image and export it, in a thread of its own."""
     with contextlib.ExitStack() as undo:
         _add_node(qmp, node, source)
         undo.callback(qmp.execute, "blockdev-del", node_name=node)
-        names = {"type": "fuse", "id": node, "node_name": node, "mountpoint": path}
+        qmp.execute("object-add", qom_type="iothread", id=node)
+        undo.callback(qmp.execute, "object-del", id=node)
+        names = {"type": "fuse", "id": node, "node_name": node, "mountpoint": path, "iothread": node}
         qmp.execute("block-export-add", **names, writable=not source.read_only)
         undo.pop_all()
 
 
 def _write_files(site: Site, key: Key, source: Source) -> None:
-    for name, text in {**source.files, "export": ""}.items():
-        with open(private_path(site, key, name), "w", encoding="utf-8") as file:
-            file.write(text)
+    for name, text in {**source.files, EXPORT: ""}.items():
+        _write(private_path(site, key, name), text)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _add_node(qmp: Qmp, node: str, source: Source) -> None:
@@ -367,6 +324,8 @@ def _close(qmp: Qmp, node: str, deadline: Deadline) -> None:
     except QmpError:
         if any(each["node-name"] == node for each in qmp.execute("query-named-block-nodes", flat=True)):
             raise
+    with contextlib.suppress(QmpError):
+        qmp.execute("object-del", id=node)
 
 
 def _drop_secret(qmp: Qmp) -> None:
@@ -380,16 +339,28 @@ def _drop_secret(qmp: Qmp) -> None:
 
 @contextlib.contextmanager
 def _joined(site: Site, key: Key, group: str, deadline: Deadline) -> Iterator[Daemon]:
-    """The first daemon of the group that has room, locked, with `key` as a member. Membership comes first: nothing of
-    a daemon is ever there that no member would find. So two that come for the last place may both be counted, and one
-    of them moves on."""
+    """The first daemon of the group that has room and answers, locked, with `key` as a member. Membership comes first:
+    nothing of a daemon is ever there that no member would find. So two that come for the last place may both be
+    counted, and one of them moves on."""
     for number in itertools.count():
-        name = f"daemon-{group}-{number}"
-        _become_member(site, key, name)
-        with _locked(site, name, deadline) as daemon:
-            if len(daemon.members()) <= LIMIT:
+        with contextlib.ExitStack() as held:
+            if (daemon := _entered(held, site, key, f"daemon-{group}-{number}", deadline)) is not None:
                 yield daemon
                 return
+
+
+def _entered(held: contextlib.ExitStack, site: Site, key: Key, name: str, deadline: Deadline) -> Daemon | None:
+    """The daemon `name`, locked, running, and with `key` as a member; None when it is full, or hangs with others."""
+    _become_member(site, key, name)
+    try:
+        daemon = held.enter_context(_locked(site, name, deadline.within(LOCK_TIMEOUT)))
+        if len(daemon.members()) > LIMIT:
+            return None
+        daemon.ensure_answering(_directory(key), deadline)
+    except (TimeoutError, TimedOut):
+        deadline.left()
+        return None
+    return daemon
 
 
 def _become_member(site: Site, key: Key, daemon: str) -> None:
@@ -479,12 +450,4 @@ def _node(site: Site, key: Key) -> str:
 
 
 def _daemon_of(site: Site, key: Key) -> str | None:
-    return _link(f"{site.helpers_dir}/{_directory(key)}")
-
-
-def _link(directory: str) -> str | None:
-    """The daemon that the image in `directory` belongs to."""
-    try:
-        return os.path.basename(os.readlink(f"{directory}/daemon"))
-    except OSError:
-        return None
+    return link(f"{site.helpers_dir}/{_directory(key)}")

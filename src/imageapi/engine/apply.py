@@ -18,6 +18,7 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe, standing
 from imageapi.engine.jobs import GivenUp, Jobs, Series
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.plan import Later, Plan, plan
 from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
@@ -30,13 +31,21 @@ class Applier:
     """The creates of one engine. `timeout` bounds, in seconds, what one waits for others."""
 
     def __init__(
-        self, ledger: Ledger, jobs: Jobs, containers: Containers, collector: Collector, tasks: Tasks, timeout: float
+        self,
+        ledger: Ledger,
+        jobs: Jobs,
+        containers: Containers,
+        collector: Collector,
+        mender: Mender,
+        tasks: Tasks,
+        timeout: float,
     ) -> None:
         self._ledger = ledger
         self._graph = ledger.graph
         self._jobs = jobs
         self._containers = containers
         self._collector = collector
+        self._mender = mender
         self._tasks = tasks
         self._timeout = timeout
         self._awaited: dict[Key, asyncio.Future[None]] = {}
@@ -49,7 +58,9 @@ class Applier:
         running = getattr(thing, "state", None) == "running"
         while True:
             claimed = await self._claim(thing, running=running)
-            making = _Making(claimed, self._ledger, self._jobs, self._containers, self._awaited, running=running)
+            making = _Making(
+                claimed, self._ledger, self._jobs, self._containers, self._mender, self._awaited, running=running
+            )
             made = self._tasks.spawn(making.carry_out())
             try:
                 await asyncio.shield(made)
@@ -113,6 +124,7 @@ class _Making:
         ledger: Ledger,
         jobs: Jobs,
         containers: Containers,
+        mender: Mender,
         awaited: dict[Key, asyncio.Future[None]],
         *,
         running: bool,
@@ -122,6 +134,7 @@ class _Making:
         self._graph = ledger.graph
         self._jobs = jobs
         self._containers = containers
+        self._mender = mender
         self._awaited = awaited
         self._running = running
         self._series: Series | None = None
@@ -174,6 +187,7 @@ class _Making:
         """Make one object. The root is written when it is published, and not before."""
         await self._step(record, work)
         record.phase = Phase.LIVE
+        self._mender.watch(record)
         if record is not self._claimed.root:
             self._ledger.change(record)
         stages.end("start" if isinstance(record.spec, Container) else record.kind)

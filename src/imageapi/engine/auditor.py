@@ -13,6 +13,7 @@ from imageapi.engine.audit import Finding, Found, Look, Report
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.pool import APART, Job
 from imageapi.engine.watch import Watch
 from imageapi.errors import Problem
@@ -35,10 +36,11 @@ LONGEST = 25.0
 class Auditor:
     """The looks of one engine."""
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, boot_id: str) -> None:
+    def __init__(self, ledger: Ledger, jobs: Jobs, mender: Mender, boot_id: str) -> None:
         self._ledger = ledger
         self._graph = ledger.graph
         self._jobs = jobs
+        self._mender = mender
         self._boot_id = boot_id
         self._told: dict[Key, str] = {}
         """What was last said of each object, so that it can be taken back."""
@@ -134,6 +136,8 @@ class Auditor:
         if verdict is None:
             log.info("%s is as it should be again", describe(record))
             self._ledger.note(record, problem=None)
+        elif record.facts.helper is not None:
+            self._mender.lose(record, verdict)
         else:
             log.warning("%s: %s", describe(record), verdict)
             self._ledger.fault([record.key], verdict)

@@ -15,6 +15,7 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Exhausted, Problem, TimedOut
@@ -32,11 +33,12 @@ host has run out of something, to the shorter one."""
 class Collector:
     """The collector of one engine."""
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, containers: Containers, tasks: Tasks) -> None:
+    def __init__(self, ledger: Ledger, jobs: Jobs, containers: Containers, mender: Mender, tasks: Tasks) -> None:
         self._ledger = ledger
         self._graph = ledger.graph
         self._jobs = jobs
         self._containers = containers
+        self._mender = mender
         self._tasks = tasks
 
     async def collect(self, keys: Iterable[Key]) -> None:
@@ -100,7 +102,8 @@ class Collector:
 
     async def _release_in_turn(self, store: str, group: list[AnyRecord]) -> AnyRecord | None:
         """The one that could not be released, if there is one: none after it is tried."""
-        with self._jobs.series(store, [Job("release", record) for record in group]) as series:
+        jobs = [Job("release", record) for record in group]
+        with self._mender.relieving(*group), self._jobs.series(store, jobs) as series:
             for record in group:
                 try:
                     await _or_bug(record, series.outcome())
@@ -120,11 +123,12 @@ class Collector:
 
         Raises: errors.Problem; a bug is one, too, so that it is told and tried again.
         """
-        await self._jobs.settle(record.key)
-        if isinstance(record.spec, Container):
-            await _or_bug(record, self._containers.discard(record))
-        else:
-            await _or_bug(record, self._jobs.drive("release", record))
+        with self._mender.relieving(record):
+            await self._jobs.settle(record.key)
+            if isinstance(record.spec, Container):
+                await _or_bug(record, self._containers.discard(record))
+            else:
+                await _or_bug(record, self._jobs.drive("release", record))
 
     async def forget(self, record: AnyRecord) -> None:
         """Drop a record whose object is gone, tell those that stood on it, and collect what stood below it."""
@@ -146,6 +150,7 @@ class Collector:
         self._graph.free_name(record)
         self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
         log.warning("%s is not released yet: %s", describe(record), problem.message)
+        self._mender.relieve(record)
         self._tasks.linger(self._retry(record))
 
     async def _retry(self, record: AnyRecord) -> None:
@@ -157,6 +162,7 @@ class Collector:
             except Problem as problem:
                 delay = min(2 * delay, SCARCE_RETRY if isinstance(problem, Exhausted) else LAST_RETRY)
                 self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
+                self._mender.relieve(record)
             else:
                 await self.forget(record)
 

@@ -20,6 +20,7 @@ from imageapi.drivers.base import driver
 from imageapi.engine.graph import describe, standing
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
@@ -50,11 +51,12 @@ def now() -> str:
 class Containers:
     """The containers of one engine."""
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, tasks: Tasks, pool: Pool, config: Config) -> None:
+    def __init__(self, ledger: Ledger, jobs: Jobs, tasks: Tasks, mender: Mender, pool: Pool, config: Config) -> None:
         self._ledger = ledger
         self._graph = ledger.graph
         self._jobs = jobs
         self._tasks = tasks
+        self._mender = mender
         self._stop_timeout = config.stop_timeout
         self._operation_timeout = config.operation_timeout
         self._starting: dict[Key, asyncio.Task[None]] = {}
@@ -181,7 +183,8 @@ class Containers:
         while not end.is_set():
             try:
                 await self._stopper.stop(record, end)
-                return
+                with self._mender.relieving(record):
+                    await end.wait()
             except (Problem, OSError) as problem:
                 log.warning("%s is not stopped yet: %s", describe(record), problem)
                 await asyncio.sleep(ASK_AGAIN)
@@ -284,8 +287,10 @@ class Containers:
     async def _abandon(self, container: int, attempt: int) -> None:
         """End what may still come of a start: a supervisor that hung does it late."""
         while True:
+            record = self._graph.find(Key("container", container))
             try:
-                await self._supervisor.undo(container, attempt, self._operation_timeout)
+                with self._mender.relieving(*filter(None, [record])):
+                    await self._supervisor.undo(container, attempt, self._operation_timeout)
                 break
             except Problem as problem:
                 log.warning("start %d of container %d is not ended yet: %s", attempt, container, problem.message)

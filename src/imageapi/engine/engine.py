@@ -16,6 +16,7 @@ from imageapi.engine.containers import Containers
 from imageapi.engine.graph import Graph, Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, NoWorker, Pool
 from imageapi.engine.reconcile import Reconciler
 from imageapi.engine.tasks import Tasks
@@ -46,14 +47,29 @@ class Engine:
         self._graph = Graph(config.first_id)
         self._ledger = Ledger(self._graph, store, site, boot_id)
         self._jobs = Jobs(pool, self._graph, config.operation_timeout)
-        self._containers = Containers(self._ledger, self._jobs, self._tasks, pool, config)
-        self._collector = Collector(self._ledger, self._jobs, self._containers, self._tasks)
+        self._mender = Mender(self._ledger, self._jobs, self._tasks)
+        self._containers = Containers(self._ledger, self._jobs, self._tasks, self._mender, pool, config)
+        self._collector = Collector(self._ledger, self._jobs, self._containers, self._mender, self._tasks)
         self._applier = Applier(
-            self._ledger, self._jobs, self._containers, self._collector, self._tasks, config.operation_timeout
+            self._ledger,
+            self._jobs,
+            self._containers,
+            self._collector,
+            self._mender,
+            self._tasks,
+            config.operation_timeout,
         )
-        self._auditor = Auditor(self._ledger, self._jobs, boot_id)
+        self._auditor = Auditor(self._ledger, self._jobs, self._mender, boot_id)
         self._reconciler = Reconciler(
-            self._ledger, store, self._jobs, self._containers, self._collector, self._auditor, self._tasks, boot_id
+            self._ledger,
+            store,
+            self._jobs,
+            self._containers,
+            self._collector,
+            self._auditor,
+            self._mender,
+            self._tasks,
+            boot_id,
         )
 
     async def start(self, watch: Watch | None = None) -> None:
@@ -65,6 +81,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Let what is under way end; containers run on."""
+        self._mender.close()
         await self._tasks.drain(self._config.cleanup_timeout)
         await self._containers.leave()
         self._ledger.close()

@@ -16,6 +16,7 @@ from imageapi.engine.collect import Collector
 from imageapi.engine.containers import Containers
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
 from imageapi.engine.watch import Watch
@@ -41,6 +42,7 @@ class Reconciler:
         containers: Containers,
         collector: Collector,
         auditor: Auditor,
+        mender: Mender,
         tasks: Tasks,
         boot_id: str,
     ) -> None:
@@ -51,6 +53,7 @@ class Reconciler:
         self._containers = containers
         self._collector = collector
         self._auditor = auditor
+        self._mender = mender
         self._tasks = tasks
         self._boot_id = boot_id
 
@@ -62,6 +65,8 @@ class Reconciler:
             self._ledger.write_counters()  # over these it takes no room
         await self._containers.connect()
         looked = await self._auditor.look(watch, PATIENCE)
+        for record in self._graph.all("attach"):
+            self._mender.watch(record)
         await asyncio.wait({self._tasks.linger(self._collect())}, timeout=PATIENCE)
         await self._sweep()
         return looked

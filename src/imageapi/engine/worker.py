@@ -15,12 +15,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import progress
-from imageapi.drivers.base import driver
+from imageapi.drivers.base import HelpedDriver, driver
 from imageapi.drivers.progress import LeftOff, Progress
 from imageapi.linux import packet, syncfs
 from imageapi.records import AnyRecord, Facts
@@ -129,6 +129,14 @@ def observe(site: Site, record: AnyRecord) -> Facts | None:
     return driver(record.key.collection, record.kind).observe(record, site)
 
 
+def mend(site: Site, record: AnyRecord) -> Facts:
+    return cast(HelpedDriver, driver(record.key.collection, record.kind)).mend(record, site)
+
+
+def sever(site: Site, record: AnyRecord) -> bool:
+    return cast(HelpedDriver, driver(record.key.collection, record.kind)).sever(record, site)
+
+
 def sync(site: Site, mountpoint: str) -> None:
     """Write what the file system at `mountpoint` holds to its store (syncfs(2))."""
     syncfs.syncfs(mountpoint)
@@ -159,6 +167,8 @@ JOBS: dict[str, Callable[..., Any]] = {
     "acquire": acquire,
     "release": release,
     "observe": observe,
+    "mend": mend,
+    "sever": sever,
     "sync": sync,
     "sweep": sweep,
     "audit": audit,

@@ -24,6 +24,7 @@ LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_PARTSCAN = 8
 LO_FLAGS_DIRECT_IO = 16
 LOOP_CLR_FD = 0x4C01
+LOOP_SET_STATUS64 = 0x4C04
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_CHANGE_FD = 0x4C06
 LOOP_SET_DIRECT_IO = 0x4C08
@@ -39,6 +40,7 @@ _INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
 """struct loop_info64 of <linux/loop.h>."""
 _CONFIG = struct.Struct(f"=II{_INFO.size}s8Q")
 """struct loop_config: the file, the block size in bytes, the info, reserved words."""
+_BEHIND_ALL = 1 << 60
 _ATTEMPTS = 128
 _DETACH_SECONDS = 2.0
 """How long the last other opener (udev looking at the device) may take to close it."""
@@ -285,13 +287,45 @@ def is_free(device: str) -> bool:
     return True
 
 
-def change_fd(device: str, fd: int) -> None:
-    """Put another file of the same size under a read-only device, also while it is mounted.
+def change_file(device: str, fd: int, name: str) -> None:
+    """Put another file of the same size under a read-only device, also while it is mounted; `name` is the device's.
+
+    Since Linux 6.18 the kernel asks the old file for its size, and one whose file system is dead has none. Then the
+    device is told to begin far behind the end of any file, where the sizes of both are 0, and afterwards at 0 again:
+    what reads it meanwhile gets an error, as before. Done again, this finishes what a death has left half done.
 
     Raises: OSError(EINVAL) when it is writable or the size differs.
     """
     with _opened(device, os.O_RDONLY) as loop:
+        try:
+            _change_file(loop, fd, name)
+        finally:
+            _begin_at(loop, 0, name)
+
+
+def _change_file(loop: int, fd: int, name: str) -> None:
+    try:
         fcntl.ioctl(loop, LOOP_CHANGE_FD, fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not _is_dead(loop):
+            raise
+        _begin_at(loop, _BEHIND_ALL, name)
+        fcntl.ioctl(loop, LOOP_CHANGE_FD, fd)
+
+
+def _is_dead(loop: int) -> bool:
+    """Whether the file under a device cannot even be asked for its attributes."""
+    try:
+        _status(loop)
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return False
+
+
+def _begin_at(loop: int, offset: int, name: str) -> None:
+    """Have a device begin `offset` bytes into its file; whether it is read-only, and does direct I/O, stays."""
+    info = _INFO.pack(*(0,) * 3, offset, *(0,) * 4, 0, _name(name), b"", b"", 0, 0)
+    fcntl.ioctl(loop, LOOP_SET_STATUS64, info)
 
 
 def set_direct_io(device: str, on: bool) -> None:

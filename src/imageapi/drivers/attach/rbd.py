@@ -23,8 +23,7 @@ class Driver(Audited):
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Rbd = record.definition
         options.check(definition)
-        acquire = choose(site)
-        return block.facts(acquire(record.key, definition, site))
+        return _facts(record, choose(site)(record.key, definition, site), site)
 
     def release(self, record: AnyRecord, site: Site) -> None:
         kernel.release(record.key, record.definition, site)
@@ -32,7 +31,13 @@ class Driver(Audited):
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = kernel.observe(record.key, record.definition, site) or exported.observe(record.key, site)
-        return None if device is None else block.facts(device)
+        return None if device is None else _facts(record, device, site)
+
+    def mend(self, record: AnyRecord, site: Site) -> Facts:
+        return _facts(record, daemon.mend(record.key, record.definition, site), site)
+
+    def sever(self, record: AnyRecord, site: Site) -> bool:
+        return exported.sever(record.key, site, read_only=self.read_only(record.definition))
 
     def read_only(self, definition: Rbd) -> bool:
         return options.read_only(definition)
@@ -48,6 +53,10 @@ class Driver(Audited):
 
     def store(self, definition: Rbd) -> str:
         return monitors.store(definition.monitors)
+
+
+def _facts(record: AnyRecord, device: str, site: Site) -> Facts:
+    return block.facts(device, storage_daemon.helper(site, record.key))
 
 
 def choose(site: Site) -> Callable[[Key, Rbd, Site], str]:

@@ -47,6 +47,17 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
         exported.detach(site, key, Deadline(DEADLINE), read_only=read_only, hint=REFUSED)
 
 
+def mend(key: Key, definition: Rbd, site: Site) -> str:
+    """Have the image's device work again, and return it.
+
+    Raises: errors.Conflict when it never can be; errors.Problem in the user's terms.
+    """
+    read_only = options.read_only(definition)
+    with _explained(definition):
+        deadline = Deadline(exported.MEND_DEADLINE)
+        return exported.mend(site, key, lambda: source(key, definition, site), deadline, read_only=read_only)
+
+
 # ------------------------------------------------------------------------------------------ what is opened
 
 

@@ -67,6 +67,20 @@ def _check_target(key: Key, definition: Iscsi, site: Site) -> None:
     )
 
 
+def mend(key: Key, definition: Iscsi, site: Site) -> str:
+    """Have the logical unit's device work again, and return it.
+
+    Raises: errors.Conflict when it never can be; errors.Problem in the user's terms.
+    """
+    deadline = Deadline(exported.MEND_DEADLINE)
+
+    def wanted() -> Source:
+        return source(key, definition, portals.reach(definition, deadline)[0])
+
+    with _explained(definition):
+        return exported.mend(site, key, wanted, deadline, read_only=definition.ro)
+
+
 def source(key: Key, definition: Iscsi, portal: Portal) -> Source:
     """What the daemon is to open."""
     blockdev: dict[str, Any] = {

@@ -1,0 +1,202 @@
+"""Objects that a helper serves: its end is noticed at once, and they are mended without being asked.
+
+A helper's pidfd is watched, so that nobody has to look. Each image of a helper that has ended shows its problem until
+it is mended, as do the objects right on it; one store's are mended one after another, and what fails is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Collection, Iterator
+
+from imageapi.drivers.base import LOCAL_STORE
+from imageapi.engine.graph import describe
+from imageapi.engine.jobs import Jobs
+from imageapi.engine.ledger import Ledger
+from imageapi.engine.pool import Job
+from imageapi.engine.tasks import Tasks
+from imageapi.errors import Conflict, Problem
+from imageapi.linux import pidfd
+from imageapi.records import AnyRecord, Facts, Helper, Key, Phase
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY = 0.1
+LAST_RETRY = 5.0
+"""Seconds between two tries to mend something of one store: doubled each time up to the last."""
+PATIENCE = 2.0
+"""Seconds for a process to end, or a mount to go, before the store below is taken for silent."""
+SEVERED = "its store did not answer, and it was cut off from it to end what used it; it is being mended"
+ENDED = "its storage helper has ended; it is being mended"
+
+
+class Mender:
+    """The mender of one engine."""
+
+    def __init__(self, ledger: Ledger, jobs: Jobs, tasks: Tasks) -> None:
+        self._ledger = ledger
+        self._graph = ledger.graph
+        self._jobs = jobs
+        self._tasks = tasks
+        self._watched: dict[Helper, tuple[int, set[Key]]] = {}
+        self._lost: dict[str, deque[AnyRecord]] = {}
+        self._told: dict[Key, str] = {}
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for helper in list(self._watched):
+            self._unwatch(helper)
+
+    # ------------------------------------------------------------------------------------------- what is noticed
+
+    def watch(self, record: AnyRecord) -> None:
+        """Notice when the object's helper ends, if it has one."""
+        helper = record.facts.helper
+        if helper is None or record.phase is not Phase.LIVE:
+            return
+        if helper in self._watched:
+            self._watched[helper][1].add(record.key)
+        elif (descriptor := _opened(helper)) is not None:
+            self._watched[helper] = descriptor, {record.key}
+            asyncio.get_running_loop().add_reader(descriptor, self._ended, helper)
+        else:
+            self.lose(record)
+
+    def _ended(self, helper: Helper) -> None:
+        """Those whose helper it still is have lost it; a helper also ends when it is not needed any more."""
+        for key in self._unwatch(helper):
+            record = self._graph.find(key)
+            if record is not None and record.facts.helper == helper:
+                self.lose(record)
+
+    def _unwatch(self, helper: Helper) -> set[Key]:
+        descriptor, keys = self._watched.pop(helper)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+        return keys
+
+    # ------------------------------------------------------------------------------------------------- relieving
+
+    @contextlib.contextmanager
+    def relieving(self, *records: AnyRecord) -> Iterator[None]:
+        """What is done within ends objects, and may wait for a store that is silent: see `relieve`, which comes
+        after `PATIENCE`."""
+        if not self._watched:
+            yield
+            return
+        late = asyncio.get_running_loop().call_later(PATIENCE, self.relieve, *records)
+        try:
+            yield
+        finally:
+            late.cancel()
+
+    def relieve(self, *records: AnyRecord) -> None:
+        """Objects do not end. A process that reads from a store that is silent cannot be killed, nor its file system
+        unmounted: so of such a store what nothing else uses is severed, and they get an error instead."""
+        for record in {below.key: below for below in self._below(records)}.values():
+            if record.facts.helper is not None and not self._used_besides(record, records):
+                self._tasks.linger(self._sever(record))
+
+    def _below(self, records: Collection[AnyRecord]) -> Iterator[AnyRecord]:
+        kept = [record for record in records if self._graph.find(record.key) is record]
+        yield from kept
+        yield from self._graph.below(*(record.key for record in kept))
+
+    def _used_besides(self, record: AnyRecord, leaving: Collection[AnyRecord]) -> bool:
+        """Whether a container that runs stands on the object, and is none of those `leaving`."""
+        active = (
+            box
+            for box in self._graph.all("container")
+            if box.run is not None
+            and box.run.state in ("running", "stopping")
+            and not any(box is one for one in leaving)
+        )
+        return any(record is below for box in active for below in self._graph.below(box.key))
+
+    async def _sever(self, record: AnyRecord) -> None:
+        """It needs nothing that could hang, and so no place among those of the store."""
+        if await self._jobs.run(LOCAL_STORE, Job("sever", record)):
+            log.warning("%s was cut off from its store, which does not answer", describe(record))
+            self.lose(record, SEVERED)
+
+    # --------------------------------------------------------------------------------------------------- mending
+
+    def lose(self, record: AnyRecord, problem: str = ENDED) -> None:
+        """The object does not work any more: it says so, and is mended."""
+        if record.phase is not Phase.LIVE:
+            return
+        log.warning("%s: %s", describe(record), problem)
+        self._tell(record, problem)
+        store = self._jobs.store(record)
+        if store not in self._lost:
+            self._lost[store] = deque()
+            self._tasks.linger(self._mend_all(store))
+        if not any(one is record for one in self._lost[store]):
+            self._lost[store].append(record)
+
+    async def _mend_all(self, store: str) -> None:
+        """Mend what is lost of one store, in turn, until nothing is. What fails waits until the others had theirs."""
+        lost, delay = self._lost[store], FIRST_RETRY
+        try:
+            while lost:
+                if await self._mend(lost[0]):
+                    lost.popleft()
+                    delay = FIRST_RETRY
+                else:
+                    lost.rotate(-1)
+                    await asyncio.sleep(delay)
+                    delay = min(2 * delay, LAST_RETRY)
+        finally:
+            del self._lost[store]
+
+    async def _mend(self, record: AnyRecord) -> bool:
+        """Whether nothing is left to be done for the object."""
+        if not self._is_kept(record):
+            self._told.pop(record.key, None)
+            return True
+        try:
+            await self._jobs.settle(record.key)
+            facts: Facts = await self._jobs.drive("mend", record)
+        except Problem as problem:
+            log.warning("%s is not mended: %s", describe(record), problem.message)
+            self._tell(record, problem.message)
+            return isinstance(problem, Conflict)
+        if self._is_kept(record):
+            self._mended(record, facts)
+        return True
+
+    def _is_kept(self, record: AnyRecord) -> bool:
+        return self._graph.find(record.key) is record and record.phase is Phase.LIVE
+
+    def _mended(self, record: AnyRecord, facts: Facts) -> None:
+        log.warning("%s is mended", describe(record))
+        self._ledger.note(record, facts=facts)
+        for one in (record, *self._graph.holders(record.key)):
+            if (told := self._told.pop(one.key, None)) is not None and one.problem == told:
+                self._ledger.note(one, problem=None)
+        self.watch(record)
+
+    def _tell(self, record: AnyRecord, problem: str) -> None:
+        """Say what is wrong with an object, and with those right on it that have no other problem. One that is just
+        being made is its create's to speak of."""
+        users = f"{describe(record)}, which it needs, does not work: {problem}"
+        for one, text in ((record, problem), *((holder, users) for holder in self._graph.holders(record.key))):
+            if one.problem in (None, self._told.get(one.key)) and self._graph.is_shown(one.key):
+                self._told[one.key] = text
+                self._ledger.fault([one.key], text)
+
+
+def _opened(helper: Helper) -> int | None:
+    """A pidfd of it; None when it has ended."""
+    try:
+        descriptor = pidfd.pidfd_open(helper.pid)
+    except ProcessLookupError:
+        return None
+    if pidfd.start_time(helper.pid) == helper.start_time:
+        return descriptor
+    os.close(descriptor)
+    return None
