@@ -69,8 +69,9 @@ class Driver(Protocol):
 class HelpedDriver(Driver, Protocol):
     """A kind whose objects may have a `helper` in their facts: a process without which they are nothing."""
 
-    def mend(self, record: AnyRecord, site: Site) -> Facts:
-        """Make the object work again, for those who stand on it, when its helper has ended or it was severed.
+    def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
+        """Make the object work again, for those who stand on it, when its helper has ended or it was severed: what it
+        is now, and a sentence about what cannot be made good.
 
         Raises: errors.Conflict when it never can be; any other problem when it may be tried again.
         """

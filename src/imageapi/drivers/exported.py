@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from imageapi.config import Site
-from imageapi.drivers import block, export_loop, storage_daemon
+from imageapi.drivers import block, export_loop, revisit, storage_daemon
 from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Conflict, Problem
@@ -75,9 +75,12 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
     storage_daemon.withdraw(site, key, deadline, expendable=read_only)
 
 
-def mend(site: Site, key: Key, source: Callable[[], Source], deadline: Deadline, *, read_only: bool) -> str:
+def mend(
+    site: Site, key: Key, source: Callable[[], Source], deadline: Deadline, *, read_only: bool
+) -> tuple[str, str | None]:
     """Have the image's block device work again when its daemon has ended, or the kernel was cut off from it; the
-    device. `source` is asked only if there is something to mend.
+    device, and what is wrong with a file system on it all the same. `source` is asked only if there is something to
+    mend.
 
     A device that can be written is left as it is: what was on its way to the daemon is lost, and a file system that
     went on as if nothing had been would be in ruins.
@@ -96,7 +99,8 @@ def mend(site: Site, key: Key, source: Callable[[], Source], deadline: Deadline,
         storage_daemon.restore(site, key, source(), deadline)
         with storage_daemon.cut_off_when_late(site, key, deadline.left()):
             export_loop.move(site, key, device)
-    return device
+    with storage_daemon.cut_off_when_late(site, key, DEADLINE):
+        return device, revisit.complaint(device)
 
 
 def abandon(key: Key, site: Site) -> None:

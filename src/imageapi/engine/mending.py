@@ -160,25 +160,28 @@ class Mender:
             return True
         try:
             await self._jobs.settle(record.key)
-            facts: Facts = await self._jobs.drive("mend", record)
+            facts, complaint = await self._jobs.drive("mend", record)
         except Problem as problem:
             log.warning("%s is not mended: %s", describe(record), problem.message)
             self._tell(record, problem.message)
             return isinstance(problem, Conflict)
         if self._is_kept(record):
-            self._mended(record, facts)
+            self._mended(record, facts, complaint)
         return True
 
     def _is_kept(self, record: AnyRecord) -> bool:
         return self._graph.find(record.key) is record and record.phase is Phase.LIVE
 
-    def _mended(self, record: AnyRecord, facts: Facts) -> None:
-        log.warning("%s is mended", describe(record))
+    def _mended(self, record: AnyRecord, facts: Facts, complaint: str | None) -> None:
+        log.warning("%s is mended%s", describe(record), f", but {complaint}" if complaint else "")
         self._ledger.note(record, facts=facts)
+        self.watch(record)
+        if complaint is not None:
+            self._tell(record, complaint)
+            return
         for one in (record, *self._graph.holders(record.key)):
             if (told := self._told.pop(one.key, None)) is not None and one.problem == told:
                 self._ledger.note(one, problem=None)
-        self.watch(record)
 
     def _tell(self, record: AnyRecord, problem: str) -> None:
         """Say what is wrong with an object, and with those right on it that have no other problem. One that is just

@@ -129,7 +129,7 @@ def observe(site: Site, record: AnyRecord) -> Facts | None:
     return driver(record.key.collection, record.kind).observe(record, site)
 
 
-def mend(site: Site, record: AnyRecord) -> Facts:
+def mend(site: Site, record: AnyRecord) -> tuple[Facts, str | None]:
     return cast(HelpedDriver, driver(record.key.collection, record.kind)).mend(record, site)
 
 

@@ -34,8 +34,9 @@ class Driver(Audited):
         device = kernel.observe(record.key, site) or exported.observe(record.key, site)
         return None if device is None else _facts(record, device, site)
 
-    def mend(self, record: AnyRecord, site: Site) -> Facts:
-        return _facts(record, daemon.mend(record.key, record.definition, site), site)
+    def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
+        device, complaint = daemon.mend(record.key, record.definition, site)
+        return _facts(record, device, site), complaint
 
     def sever(self, record: AnyRecord, site: Site) -> bool:
         return exported.sever(record.key, site, read_only=self.read_only(record.definition))

@@ -47,8 +47,8 @@ def release(key: Key, definition: Rbd, site: Site) -> None:
         exported.detach(site, key, Deadline(DEADLINE), read_only=read_only, hint=REFUSED)
 
 
-def mend(key: Key, definition: Rbd, site: Site) -> str:
-    """Have the image's device work again, and return it.
+def mend(key: Key, definition: Rbd, site: Site) -> tuple[str, str | None]:
+    """Have the image's device work again; the device, and what is wrong all the same.
 
     Raises: errors.Conflict when it never can be; errors.Problem in the user's terms.
     """

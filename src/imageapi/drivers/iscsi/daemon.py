@@ -67,8 +67,8 @@ def _check_target(key: Key, definition: Iscsi, site: Site) -> None:
     )
 
 
-def mend(key: Key, definition: Iscsi, site: Site) -> str:
-    """Have the logical unit's device work again, and return it.
+def mend(key: Key, definition: Iscsi, site: Site) -> tuple[str, str | None]:
+    """Have the logical unit's device work again; the device, and what is wrong all the same.
 
     Raises: errors.Conflict when it never can be; errors.Problem in the user's terms.
     """
