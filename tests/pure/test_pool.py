@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -19,8 +20,8 @@ from imageapi.engine import worker, zygote
 from imageapi.engine.graph import Graph
 from imageapi.engine.jobs import GivenUp, Jobs
 from imageapi.engine.pool import PER_STORE, Chain, Job, Pool
-from imageapi.errors import Invalid, Problem, TimedOut
-from imageapi.linux import packet
+from imageapi.errors import Exhausted, Invalid, Problem, TimedOut
+from imageapi.linux import memory, packet
 from imageapi.records import Record
 from imageapi.spec import Mount
 
@@ -84,7 +85,7 @@ def _fork_threads(control: socket.socket, serving: list[threading.Thread]) -> No
 
 
 def _serve(channel: socket.socket) -> None:
-    with channel, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ends with its server
+    with channel, contextlib.suppress(BrokenPipeError, ConnectionResetError, SystemExit):  # it ends with its server
         worker.serve(channel, Site())
 
 
@@ -308,3 +309,21 @@ def test_a_job_that_stands_still_is_late_and_leaves_off_when_it_goes_on(host: Ho
             await job.result
 
     act(scenario, timeout=0.1)
+
+
+@pytest.mark.parametrize(("kills", "said"), [((3, 4), Exhausted), ((3, 3), Problem)])
+def test_a_worker_that_ended_over_its_job_ended_for_lack_of_memory_or_not(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, int], said: type[Problem]
+) -> None:
+    """The kernel counts whom it kills; who that was it tells only the parent, which is not us."""
+    counted = iter(kills)
+    monkeypatch.setattr(memory, "oom_kills", lambda: next(counted))
+    monkeypatch.setitem(worker.JOBS, "end", lambda *_: sys.exit())
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        with pytest.raises(Problem) as ended:
+            await jobs.run("local", Job("end", None))
+        assert type(ended.value) is said
+        assert await jobs.run("local", Job("do", "y")) == "Y"
+
+    act(scenario)
