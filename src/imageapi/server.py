@@ -17,7 +17,7 @@ from imageapi import lean as lean
 from imageapi import options
 from imageapi.config import Config, Site
 from imageapi.engine import rundir, zygote
-from imageapi.errors import Problem
+from imageapi.errors import Problem, from_oserror
 from imageapi.linux.systemd import Service
 
 OLDEST_KERNEL = (5, 14)
@@ -39,7 +39,8 @@ def main() -> NoReturn:
         control = zygote.launch(site, keep=[workers_lock, *([watch] if watch >= 0 else [])])
         os.close(workers_lock)
         _serve(config, site, control, watch, systemd)
-    except (Problem, OSError) as problem:
+    except (Problem, OSError) as error:
+        problem = from_oserror(error, "serving") if isinstance(error, OSError) else error
         print(f"imageapi-server: {problem}", file=sys.stderr, flush=True)
         os._exit(2 if config.check else 1)
     os._exit(0)
