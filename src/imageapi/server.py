@@ -22,6 +22,8 @@ from imageapi.linux.systemd import Service
 
 OLDEST_KERNEL = (5, 14)
 """RHEL 9's. Older ones lack what roots are built with (mount_setattr, 5.12) and how containers are killed."""
+FEWEST_DESCRIPTORS = 32
+"""Without a single container the supervisor has nearly as many."""
 
 
 def main() -> NoReturn:
@@ -68,6 +70,8 @@ def _check_host() -> None:
 def _raise_descriptor_limit() -> None:
     """Each container costs the supervisor a few descriptors; containers themselves get the usual limits."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < FEWEST_DESCRIPTORS:
+        raise Problem(f"LimitNOFILE is {most}: nothing works with less than {FEWEST_DESCRIPTORS}; raise it")
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 

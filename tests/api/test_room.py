@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def test_an_end_that_only_the_supervisor_saw_is_kept_until_it_can_be_written(run
         way.write_text("go\n")
         eventually(lambda: not alive(made["pid"]), "the container has ended")
         ended = subprocess.run(
-            ["python3", "-m", "imageapi.server", "--run-dir", place, "--socket-path", place / "api.sock"],
+            [sys.executable, "-m", "imageapi.server", "--run-dir", place, "--socket-path", place / "api.sock"],
             capture_output=True,
             text=True,
             check=False,
@@ -181,6 +182,13 @@ def few_descriptors(run_dir: Path) -> Iterator[Server]:
     server.enter = ["prlimit", "--nofile=64:64"]
     with running_as(server):
         yield server
+
+
+def test_a_server_with_too_few_descriptors_does_not_start(run_dir: Path) -> None:
+    command = ["prlimit", "--nofile=24:24", sys.executable, "-m", "imageapi.server", "--run-dir", str(run_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "LimitNOFILE is 24" in ended.stderr
 
 
 def test_the_supervisor_has_descriptors_left_for_all_but_starts(few_descriptors: Server) -> None:
