@@ -237,5 +237,6 @@ def _check_let_go(device: str) -> None:
     if users_of:
         raise holders.busy(what, users_of)
     raise block.waiting(device) or Conflict(
-        f"{what} is unmounted, and the kernel keeps it: what was written may still wait for its store; see to that"
+        f"{what} is in use, and the kernel does not say by whom: a process may have a copy of the mount, or what was "
+        "written still waits for its store; see to both"
     )
