@@ -378,6 +378,20 @@ def test_a_start_that_meets_a_delete_is_refused(tmp_path: Path) -> None:
     act(scenario, tmp_path)
 
 
+def test_a_start_that_meets_a_stop_is_told_that_it_has_begun(tmp_path: Path) -> None:
+    """Each is answered as if the other had come before it or after it."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        Supervisor(engine, 0)
+        await engine.create(container(nest()))
+        asked = [asyncio.create_task(engine.request_state(BOX, state)) for state in ("running", "exited", "running")]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        states = [answer.record.run.state for answer in answers if not isinstance(answer, BaseException)]  # type: ignore[union-attr]
+        assert states == ["running", "stopping", "running"]
+
+    act(scenario, tmp_path)
+
+
 def test_a_stop_is_asked_for_until_the_supervisor_hears_it(tmp_path: Path, impatient: None) -> None:
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         await engine.create(container(nest()))

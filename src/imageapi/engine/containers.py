@@ -13,11 +13,11 @@ import os
 import time
 from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from imageapi.config import Config
 from imageapi.drivers.base import driver
-from imageapi.engine.graph import describe, standing
+from imageapi.engine.graph import Picture, describe, standing
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.mending import Mender
@@ -31,6 +31,7 @@ from imageapi.runtime.client import Supervisor
 from imageapi.runtime.protocol import Ended, Life, LogTrouble, Start, Started
 from imageapi.spec import Overlay, Tmpfs
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 HALTED = (128 + 1, 128 + 2)
@@ -59,7 +60,7 @@ class Containers:
         self._mender = mender
         self._stop_timeout = config.stop_timeout
         self._operation_timeout = config.operation_timeout
-        self._starting: dict[Key, asyncio.Task[None]] = {}
+        self._starting: dict[Key, asyncio.Task[Any]] = {}
         self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
         self._late: set[tuple[int, int]] = set()
@@ -127,8 +128,9 @@ class Containers:
         """
         await self._begin(record, self._start(record, _run(record), (CREATED, STARTING)))
 
-    async def start(self, record: AnyRecord) -> None:
-        """Run the container's command; returns when it has been executed. One that runs is left alone.
+    async def start(self, record: AnyRecord) -> Picture:
+        """Run the container's command; the container as it was when that had been executed, whatever has been asked of
+        it since. One that runs is left alone.
 
         Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping or being deleted.
         """
@@ -136,26 +138,29 @@ class Containers:
         if (starting := self._starting.get(record.key)) is None:
             state = _run(record).state
             if state == "running":
-                return
+                return self._graph.still(record.key)
             if state == "stopping":
                 raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
-            await self._begin(record, self._start_again(record))
-        else:
-            await asyncio.shield(starting)
+            return await self._begin(record, self._start_again(record))
+        shared: Picture = await asyncio.shield(starting)
+        return shared
 
-    async def stop(self, record: AnyRecord) -> None:
-        """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone.
+    async def stop(self, record: AnyRecord) -> Picture:
+        """Ask the container to end; its state is `stopping` until it has. One that does not run is left alone. The
+        container as it was when it had been asked.
 
         Raises: errors.Conflict, while it is being deleted.
         """
         self._check_kept(record)
         if (starting := self._starting.get(record.key)) is not None:
             await asyncio.wait({starting})
+            self._check_kept(record)
         run = _run(record)
         if run.state == "running":
             run.state, run.stop_requested = "stopping", True
             self._ledger.note(record)
             self._tasks.linger(self._stop(record))
+        return self._graph.still(record.key)
 
     async def end(self, record: AnyRecord) -> None:
         """Stop a container because its host is going down, and wait until it has ended, or the time for that is over:
@@ -245,17 +250,18 @@ class Containers:
 
     # -------------------------------------------------------------------------------------------------- a start
 
-    async def _begin(self, record: AnyRecord, start: Coroutine[Any, Any, None]) -> None:
+    async def _begin(self, record: AnyRecord, start: Coroutine[Any, Any, T]) -> T:
         """Have a start done, whether its caller waits for it or not."""
         starting = self._starting[record.key] = self._tasks.spawn(start)
-        await asyncio.shield(starting)
+        return await asyncio.shield(starting)
 
-    async def _start_again(self, record: AnyRecord) -> None:
-        """A new start, with the next number; the last one's end is forgotten."""
+    async def _start_again(self, record: AnyRecord) -> Picture:
+        """A new start, with the next number; the last one's end is forgotten. The container as it has begun."""
         old = _run(record)
         run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
         self._ends.pop(record.key, None)
         await self._start(record, run, (STARTING,))
+        return self._graph.still(record.key)
 
     async def _start(self, record: AnyRecord, run: Run, told: Sequence[str]) -> None:
         """Do a start; the container's log is told so many things first."""

@@ -178,8 +178,7 @@ class Engine:
         if state not in ("running", "exited"):
             raise Invalid(f"'{state}' cannot be asked for; ask for 'running' or 'exited'")
         request = self._containers.start if state == "running" else self._containers.stop
-        await self._tasks.through(request(record))
-        return self._graph.picture(key)
+        return await self._tasks.through(request(record))
 
     async def _delete(self, key: Key, *, force: bool) -> Picture:
         record = await self._deletable(key)
@@ -188,7 +187,7 @@ class Engine:
         if isinstance(record.spec, Container):
             self._containers.check_deletable(record, force=force)
         before = record.phase, record.problem
-        last = self._last(key)
+        last = self._graph.still(key)
         self._ledger.leave(record)
         try:
             await self._collector.release(record)
@@ -245,11 +244,6 @@ class Engine:
         if isinstance(holder.spec, Container):
             return self._containers.active(holder)
         return holder.phase is not Phase.LIVE or holder.problem is None
-
-    def _last(self, key: Key) -> Picture:
-        """The object and all below it, kept as they are now."""
-        now = self._graph.picture(key)
-        return now._replace(records={one: snapshot(other) for one, other in now.records.items()})
 
 
 def _finding(found: Found) -> Finding:

@@ -14,7 +14,7 @@ import msgspec
 
 from imageapi import spec
 from imageapi.errors import NotFound
-from imageapi.records import AnyRecord, Key, Phase
+from imageapi.records import AnyRecord, Key, Phase, snapshot
 
 
 class Picture(NamedTuple):
@@ -141,6 +141,14 @@ class Graph:
         Raises: NotFound.
         """
         return self._pictures({key: self.visible(key)})[0]
+
+    def still(self, key: Key) -> Picture:
+        """The object and all below it, kept as they are now.
+
+        Raises: NotFound.
+        """
+        now = self.picture(key)
+        return now._replace(records={one: snapshot(other) for one, other in now.records.items()})
 
     def pictures(self, collection: str) -> list[Picture]:
         """The objects of a collection whose create has succeeded, in order of id."""
