@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -84,9 +85,7 @@ def test_a_server_of_another_release_upgrades_the_supervisor_in_place(server: Se
 def test_a_start_that_was_under_way_is_undone_by_the_next_server(server: Server) -> None:
     """Nobody was told that it runs; and it may still fail, of which the next server would never hear."""
     server.post("/container", {"mount": writable(), "command": "/bin/nothing"})
-    children = Path(f"/proc/{server.supervisor}/task/{server.supervisor}/children")
-    eventually(lambda: children.read_text().split(), "there is a child in waiting")
-    child = int(children.read_text())
+    child = _child_in_waiting(server)
     os.kill(child, signal.SIGSTOP)
     asking = threading.Thread(target=_ask_in_vain, args=(server,))
     asking.start()
@@ -97,6 +96,34 @@ def test_a_start_that_was_under_way_is_undone_by_the_next_server(server: Server)
     eventually(lambda: not alive(child), "what was to become the container is gone")
     assert server.get("/container/0")["state"] == "created"
     server.refused("GET", "/container/0/running", 422)
+
+
+def test_an_end_is_forgotten_though_the_next_start_came_to_nothing(server: Server) -> None:
+    """The supervisor dies over the second start: it is the first one's end that the next supervisor knows."""
+    made = server.post("/container", box("/bin/true"))
+    server.await_state(0, "exited")
+    os.kill(server.supervisor, signal.SIGSTOP)
+    asking = threading.Thread(target=_ask_in_vain, args=(server,))
+    asking.start()
+    record = server.run_dir / "state/container/0.json"
+    attempts = [json.loads(record.read_text())["run"]["attempt"]]
+    eventually(lambda: json.loads(record.read_text())["run"]["attempt"] > attempts[0], "the start is asked for")
+    kill(server.supervisor)
+    asking.join()
+    assert made["id"] == 0
+    server.await_state(0, "dead")
+    server.delete("/container/0")
+    eventually(lambda: not (server.run_dir / "supervisor/0.json").exists(), "its end is forgotten")
+
+
+def _child_in_waiting(server: Server) -> int:
+    children = Path(f"/proc/{server.supervisor}/task/{server.supervisor}/children")
+
+    def found() -> int | None:
+        pids = map(int, children.read_text().split())
+        return next((pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "imageapi-child\n"), None)
+
+    return int(eventually(found, "there is a child in waiting"))
 
 
 def _ask_in_vain(server: Server) -> None:

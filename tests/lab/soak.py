@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +106,9 @@ class Worker(threading.Thread):
 class Soak:
     """One run."""
 
-    def __init__(self, run_dir: Path, seed: int, mounts: list[dict[str, Any]]) -> None:
-        self.seed = seed
+    def __init__(self, run_dir: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) -> None:
+        self.seed = seed = chosen.seed
+        self.kills_helpers = chosen.kill_helpers and len(mounts) > 1
         self.random = random.Random(seed)
         self.mounts = mounts
         self.server = FaultyServer(run_dir)
@@ -127,7 +129,7 @@ class Soak:
 
     def round(self) -> None:
         """A fault with the clients at work, and a look at what has come of it."""
-        kinds = {"step": 8, "moment": 3, "restart": 2, "upgrade": 2, "helper": 2 * (len(self.mounts) > 1)}
+        kinds = {"step": 8, "moment": 3, "restart": 2, "upgrade": 2, "helper": 2 * self.kills_helpers}
         kind = self.random.choices([*kinds], [*kinds.values()])[0]
         self.work.set()
         try:
@@ -274,6 +276,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--no-ceph", action="store_true", help="loop images alone, which takes no Ceph")
+    parser.add_argument("--kill-helpers", action="store_true", help="kill the storage daemons of Ceph images, too")
     chosen = parser.parse_args()
     machine = Machine(test_session.begin())
     before = machine.look()
@@ -294,12 +297,14 @@ def _run(place: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) 
     """Whether anything was not as it should be: the reason is printed, and how to have it again."""
     run_dir = place / "run"
     run_dir.mkdir()
-    soak = Soak(run_dir, chosen.seed, mounts)
+    soak = Soak(run_dir, chosen, mounts)
     end = time.monotonic() + chosen.minutes * 60
     try:
         while time.monotonic() < end:
             soak.round()
         soak.end()
+        for directory in (run_dir, soak.releases[1]):
+            shutil.rmtree(directory)
     except BaseException as error:
         traceback.print_exc(file=sys.stdout)
         print(f"{soak.report()}\nagain: make soak SOAK_ARGS='--seed {chosen.seed} --minutes {chosen.minutes:g}'")

@@ -256,11 +256,17 @@ class Containers:
         return await asyncio.shield(starting)
 
     async def _start_again(self, record: AnyRecord) -> Picture:
-        """A new start, with the next number; the last one's end is forgotten. The container as it has begun."""
+        """A new start, with the next number; the last one's end is forgotten, also when nothing takes its place. The
+        container as it has begun."""
         old = _run(record)
         run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
         self._ends.pop(record.key, None)
-        await self._start(record, run, (STARTING,))
+        try:
+            await self._start(record, run, (STARTING,))
+        except Problem:
+            if old.attempt:
+                self._tasks.linger(self._forget_later(record.id, old.attempt))
+            raise
         return self._graph.still(record.key)
 
     async def _start(self, record: AnyRecord, run: Run, told: Sequence[str]) -> None:
