@@ -32,6 +32,8 @@ PATIENCE = 3.0
 """Seconds that systemd may take."""
 LOOK = 0.005
 """Seconds between two looks."""
+STOP_TIMEOUT = 30.0
+"""Seconds from SIGTERM to SIGKILL at the end of a host that does not stop containers in peace."""
 NO_LIMIT = 2**64 - 1
 
 
@@ -117,6 +119,7 @@ def _properties(pid: int) -> list[tuple[Any, ...]]:
         (b"PIDs", b"au", ctypes.c_uint(1), ctypes.c_uint(pid)),
         (b"Delegate", b"b", ctypes.c_int(1)),
         (b"TasksMax", b"t", ctypes.c_uint64(NO_LIMIT)),
+        (b"TimeoutStopUSec", b"t", ctypes.c_uint64(int(STOP_TIMEOUT * 1e6))),
         (b"CollectMode", b"s", b"inactive-or-failed"),
         (b"Before", b"as", ctypes.c_uint(len(STOPPED_BEFORE)), *(unit.encode() for unit in STOPPED_BEFORE)),
         (b"After", b"as", ctypes.c_uint(len(STOPPED_AFTER)), *(unit.encode() for unit in STOPPED_AFTER)),
