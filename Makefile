@@ -21,11 +21,15 @@ TEST_PACKAGES := $(DEMO_PACKAGES) btrfs-progs ceph-common ceph-mon ceph-osd e2fs
 BENCH_PACKAGES := bubblewrap ceph-common ceph-mon ceph-osd conmon crun erofs-utils gcc libc6-dev mmdebstrap mount podman procps \
 	qemu-block-extra qemu-system-common runc squashfs-tools systemd-container util-linux
 
+# Where `make install` puts things.
+PREFIX := /opt/imageapi
+UNITS := /etc/systemd/system
+
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest",
 # of which the figure `guest` is measured in the guest lab.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-dev check test host-tier guest-tier test-pure lab soak demo bench bench-images flame lock clean
+.PHONY: help setup setup-dev install check test host-tier guest-tier test-pure lab soak demo bench bench-images flame lock clean
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -64,6 +68,16 @@ lab: $(VENV)/stamp-dev test-packages  ## Give you a shell in a guest with a stoc
 
 soak: $(VENV)/stamp-dev test-packages  ## Let clients work while servers, supervisors and helpers die: SOAK_ARGS="--minutes 60 --seed 1" (needs root).
 	PYTHONPATH=src:tests:. $(BIN)/python -m lab.soak $(SOAK_ARGS)
+
+install:  ## Install the server into PREFIX (/opt/imageapi), with its units for systemd (needs root).
+	@tools/find-python >/dev/null || tools/apt-install python3 python3-venv
+	"$$(tools/find-python)" -m venv $(PREFIX)
+	$(PREFIX)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --requirement requirements.lock
+	$(PREFIX)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --no-index \
+		--force-reinstall .
+	mkdir -p $(UNITS)
+	for unit in packaging/systemd/*; do sed 's:/opt/imageapi/:$(PREFIX)/:' $$unit >$(UNITS)/$${unit##*/}; done
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 
 demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image through the API, and look around (needs root).
 	$(BIN)/python -m tools.demo
