@@ -18,7 +18,7 @@ from imageapi import options
 from imageapi.config import Config, Site
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem, from_oserror
-from imageapi.linux.systemd import Service
+from imageapi.linux.systemd import Service, booted, restrictions
 
 OLDEST_KERNEL = (5, 14)
 """RHEL 9's. Older ones lack what roots are built with (mount_setattr, 5.12) and how containers are killed."""
@@ -65,6 +65,8 @@ def _check_host() -> None:
     version = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
     if version < OLDEST_KERNEL:
         raise Problem(f"kernel {release} is too old; it needs {'.'.join(map(str, OLDEST_KERNEL))} or newer")
+    for complaint in restrictions() if booted() else ():
+        logging.getLogger("imageapi").error("as a service of systemd's %s", complaint)
 
 
 def _raise_descriptor_limit() -> None:

@@ -19,6 +19,32 @@ def booted() -> bool:
     return os.path.isdir("/run/systemd/system")
 
 
+def restrictions() -> list[str]:
+    """What this process's unit takes from it, and from all that it starts, a sentence each; see systemd.exec(5)."""
+    found = []
+    if _is_apart():
+        found.append(
+            "it has a mount namespace of its own, so that what it mounts is lost at its next start; take every "
+            "Private…=, Protect…=, …Paths= and the like from its unit"
+        )
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    if status["NoNewPrivs"].strip() == "1" or status.get("Seccomp", "0").strip() != "0":
+        found.append(
+            "it may not do all that root may, and neither may containers; take NoNewPrivileges=, SystemCall…=, "
+            "Restrict…=, Protect…= and Lock…= from its unit"
+        )
+    return found
+
+
+def _is_apart() -> bool:
+    """Whether the host's mounts are not ours; it may not be ours to know."""
+    try:
+        return os.readlink("/proc/self/ns/mnt") != os.readlink("/proc/1/ns/mnt")
+    except PermissionError:
+        return False
+
+
 class Service(NamedTuple):
     """This process as a service of systemd's. One that was started by another has nothing of this, and says nothing.
 
