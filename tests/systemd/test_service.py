@@ -28,6 +28,10 @@ pytestmark = pytest.mark.guest
 IMAGE, DEBIAN = "/root/image", "/root/debian"
 TALKING = "/bin/sh -c 'trap \"echo asked; exit 0\" TERM; i=0; while true; do echo line $i; i=$((i+1)); sleep 0.1; done'"
 WWN = "iqn.2026-01.test:systemd"
+IMPATIENT = """\
+[Service]
+WatchdogSec=5
+"""
 WITNESS = """\
 [Service]
 ExecStop=cp -a /run/imageapi /var/lib/at-the-end
@@ -59,6 +63,7 @@ def installed(guest: Guest) -> Service:
     service.install()
     guest.put(small_image(), IMAGE)
     service.systemctl("enable", SERVER)
+    service.drop_in(SERVER, IMPATIENT)
     return service
 
 
@@ -122,44 +127,9 @@ def test_a_killed_server_is_started_again(service: Service) -> None:
 
 def test_one_that_hangs_is_ended_by_the_watchdog_and_started_again(service: Service) -> None:
     made, before = talker(service), service.pid
-    service.drop_in(SERVER, "[Service]\nWatchdogSec=3\n")
-    service.systemctl("restart", SERVER)
-    before = service.again(before)
     service.guest.run("kill", "-STOP", str(before))
     service.again(before)
     assert "Watchdog timeout" in service.journal()
-    service.drop_in(SERVER, "")
-    goes_on(service, made)
-
-
-def test_a_stop_leaves_containers_running_and_a_request_starts_the_server(service: Service) -> None:
-    made = talker(service)
-    service.systemctl("stop", SERVER)
-    assert service.pid == 0
-    service.guest.run("test", "-d", f"/proc/{made['pid']}")
-    service.systemctl("start", SOCKET)
-    assert service.pid == 0
-    service.reconnect()
-    goes_on(service, made)
-    assert service.pid
-    service.systemctl("stop", SOCKET)
-    service.systemctl("restart", SERVER)
-    service.reconnect()
-
-
-def test_a_reload_takes_the_log_level(service: Service) -> None:
-    before = service.pid
-    service.guest.write(ENVIRONMENT, "IMAGEAPI_LOGLEVEL=DEBUG\n")
-    service.systemctl("reload", SERVER)
-    eventually(lambda: "the log level is DEBUG now" in service.journal(), "it says so")
-    assert service.pid == before
-    service.guest.run("rm", ENVIRONMENT)
-
-
-def test_containers_are_not_stopped_by_hand_with_their_unit(service: Service) -> None:
-    made = talker(service)
-    refusal = service.guest.complete("systemctl", "stop", CONTAINERS)
-    assert b"may be requested by dependency only" in refusal.stderr
     goes_on(service, made)
 
 
@@ -171,19 +141,59 @@ Environment=IMAGEAPI_LOGLEVEL=INFO
 """
 
 
-def test_a_unit_of_the_go_service_starts_and_spares_containers_too(service: Service) -> None:
-    """It says nothing of KillMode=, and so ends all that is in its control group."""
+def test_a_stop_leaves_containers_running_whoever_starts_the_server_next(service: Service) -> None:
+    """A request, by the socket that systemd keeps; a unit of the Go service, which says nothing of KillMode=, and so
+    ends all that is in its control group; and our own unit again."""
+    made = talker(service)
     service.systemctl("stop", SERVER)
+    assert service.pid == 0
+    service.guest.run("test", "-d", f"/proc/{made['pid']}")
+    service.systemctl("start", SOCKET)
+    assert service.pid == 0
+    service.reconnect()
+    goes_on(service, made)
+    assert service.pid
+    service.systemctl("stop", SOCKET, SERVER)
     service.guest.write(f"{UNITS}/older.service", OLDER)
     service.systemctl("start", "older")
     eventually(lambda: service.guest.complete("test", "-S", "/run/imageapi.sock").returncode == 0, "it listens", 60)
     service.reconnect()
-    made = talker(service)
+    goes_on(service, made)
     service.systemctl("stop", "older")
     service.guest.run("rm", f"{UNITS}/older.service")
-    service.systemctl("daemon-reload")
     service.systemctl("start", SERVER)
     service.reconnect()
+    goes_on(service, made)
+
+
+def test_a_reload_takes_the_log_level(service: Service) -> None:
+    before = service.pid
+    service.guest.write(ENVIRONMENT, "IMAGEAPI_LOGLEVEL=DEBUG\n")
+    service.systemctl("reload", SERVER)
+    eventually(lambda: "the log level is DEBUG now" in service.journal(), "it says so")
+    assert service.pid == before
+    service.guest.run("rm", ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("setpriv --no-new-privs", "may not do all that root may"),
+        ("unshare --mount", "has a mount namespace of its own"),
+        ("env", ""),
+    ],
+)
+def test_a_unit_that_takes_too_much_is_told(installed: Service, command: str, said: str) -> None:
+    ask = "from imageapi.linux import systemd; print(systemd.booted(), *systemd.restrictions())"
+    found = installed.guest.run(*command.split(), "env", f"PYTHONPATH={CODE}/src", "python3", "-c", ask)
+    assert found.startswith("True")
+    assert said in found if said else found == "True\n"
+
+
+def test_containers_are_not_stopped_by_hand_with_their_unit(service: Service) -> None:
+    made = talker(service)
+    refusal = service.guest.complete("systemctl", "stop", CONTAINERS)
+    assert b"may be requested by dependency only" in refusal.stderr
     goes_on(service, made)
 
 
