@@ -7,10 +7,11 @@ algorithm of Wing and Gong, with the states remembered that lead nowhere).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-State = Hashable
+State = Any
+"""A value that can be hashed: what an object is at some time."""
 Step = Callable[[State], Iterable[State]]
 """The states that a state may become by a step; none where the step is not possible in it."""
 

@@ -228,7 +228,7 @@ def test_another_file_can_be_put_under_a_mount(attach: Attach, spot: Path, run_d
     mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
     try:
         with open(images.small_image("squashfs"), "rb") as file:
-            loop.change_file(device, file.fileno(), "another")
+            loop.change_file(device, file.fileno(), "another", lambda: True)
         copy.write_bytes(b"")
         assert (spot / "data/message").read_text() == "written when the image was made\n"
         assert state_of(device).backing[1] == images.small_image("squashfs").stat().st_ino
@@ -238,8 +238,17 @@ def test_another_file_can_be_put_under_a_mount(attach: Attach, spot: Path, run_d
 
 def test_another_file_must_have_the_same_size(attach: Attach) -> None:
     with open(images.small_image("erofs"), "rb") as file, pytest.raises(OSError, match="Invalid") as refusal:
-        loop.change_file(attach(), file.fileno(), "another")
+        loop.change_file(attach(), file.fileno(), "another", lambda: True)
     assert refusal.value.errno == errno.EINVAL
+
+
+def test_no_file_is_put_under_a_device_that_is_anothers_by_now(attach: Attach) -> None:
+    device = attach()
+    before = state_of(device)
+    with open(images.small_image("squashfs"), "rb") as file, pytest.raises(OSError, match="another's") as refusal:
+        loop.change_file(device, file.fileno(), "ours", lambda: False)
+    assert refusal.value.errno == errno.ENXIO
+    assert state_of(device) == before
 
 
 def test_the_tail_that_fills_no_sector_is_cut(attach: Attach, run_dir: Path) -> None:

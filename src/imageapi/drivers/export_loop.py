@@ -59,7 +59,7 @@ def move(site: Site, key: Key, device: str) -> None:
                 f"the image is not what it was when {device} was put on it: stop what uses it, delete it, and make it "
                 "again"
             )
-        loop.change_file(device, file, site.mark(key))
+        loop.change_file(device, file, site.mark(key), lambda: find(site, key) == device)
         _note(site, key, device, *likeness)
     finally:
         os.close(file)

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from imageapi.linux import sysfs
@@ -287,16 +287,19 @@ def is_free(device: str) -> bool:
     return True
 
 
-def change_file(device: str, fd: int, name: str) -> None:
+def change_file(device: str, fd: int, name: str, is_it: Callable[[], bool]) -> None:
     """Put another file of the same size under a read-only device, also while it is mounted; `name` is the device's.
+    `is_it` looks whether the device is the one that is meant, once it is held: nobody takes it off its file then.
 
     Since Linux 6.18 the kernel asks the old file for its size, and one whose file system is dead has none. Then the
     device is told to begin far behind the end of any file, where the sizes of both are 0, and afterwards at 0 again:
     what reads it meanwhile gets an error, as before. Done again, this finishes what a death has left half done.
 
-    Raises: OSError(EINVAL) when it is writable or the size differs.
+    Raises: OSError(EINVAL) when it is writable or the size differs; OSError(ENXIO) when it is another's by now.
     """
     with _opened(device, os.O_RDONLY) as loop:
+        if not is_it():
+            raise OSError(errno.ENXIO, "it has been taken off its file, and may be another's by now", device)
         try:
             _change_file(loop, fd, name)
         finally:
