@@ -138,7 +138,7 @@ class Root(NamedTuple):
     users: int = 0
 
 
-root_made: tuple[Step, ...] = (lambda state: [Root("yes")] if state.there == "no" else [],)  # type: ignore[attr-defined]
+root_made: tuple[Step, ...] = (lambda state: [Root("yes")] if state.there == "no" else [],)
 root_unknown: tuple[Step, ...] = (Reads(lambda state: state.there in ("no", "gone")),)
 root_leaving: tuple[Step, ...] = (Reads(lambda state: state.there != "no"),)
 
