@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Raw
 from imageapi import spec
 from imageapi.engine.graph import Picture
 from imageapi.records import AnyRecord, Key, Run, snapshot
-from imageapi.spec import Attach, Attachment, Container, Spec
+from imageapi.spec import Attach, Attachment, Container, Mount, Spec
 
 View = dict[str, Any]
 Child = Callable[[Key], Any]
@@ -106,9 +107,10 @@ def _children_first(picture: Picture, done: Mapping[Key, Any]) -> Iterator[Key]:
     waiting = [picture.key]
     while waiting:
         key = waiting[-1]
-        before = [edge for edge in picture.edges[key] if edge in picture.records and edge not in done]
-        waiting += before
-        if not before and waiting.pop() not in done:
+        before = [edge for edge in picture.edges[key] if edge not in done and edge in picture.records]
+        if before:
+            waiting += before
+        elif waiting.pop() not in done:
             yield key
 
 
@@ -137,7 +139,7 @@ def _container(record: AnyRecord, refs: int, child: Child) -> View:
     return {
         "id": record.id,
         **({"name": asked.name} if asked.name else {}),
-        "mount": child(record.edges()[0]),
+        "mount": child(Key(Mount.COLLECTION, asked.mount.id)),
         "command": asked.command,
         "systemd": asked.systemd,
         "state": run.state,
@@ -157,15 +159,19 @@ def _fields(record: AnyRecord, child: Child) -> View:
     """The kind's own object: what was asked for and what holds by default, and what the server has learnt of it.
     Fields without a value are left out."""
     part: Spec = record.definition
-    learnt, holding = spec.server_fields(type(part)), spec.holding(type(part))
-    values = {
-        field: getattr(record.facts if field in learnt else part, field, None) for field in part.__struct_fields__
-    }
-    return {
-        field: _held(value, child) if field in holding else value
-        for field, value in values.items()
-        if value is not None
-    }
+    found: View = {}
+    for field, learnt, holds in _layout(type(part)):
+        value = getattr(record.facts if learnt else part, field, None)
+        if value is not None:
+            found[field] = _held(value, child) if holds else value
+    return found
+
+
+@cache
+def _layout(struct: type[Spec]) -> tuple[tuple[str, bool, bool], ...]:
+    """The fields of a kind's own object: whether the server learns it, and whether it holds objects."""
+    learnt, holding = spec.server_fields(struct), spec.holding(struct)
+    return tuple((field, field in learnt, field in holding) for field in struct.__struct_fields__)
 
 
 def _held(value: Any, child: Child) -> Any:
