@@ -89,7 +89,7 @@ def in_group(name: str) -> Iterator[Path]:
     """This process, and what it starts, is in a cgroup of the version 1 hierarchy `pids`."""
     root = Path("/sys/fs/cgroup/pids")
     group = root / name
-    group.mkdir()
+    group.mkdir(exist_ok=True)
     (group / "cgroup.procs").write_text(str(os.getpid()))
     try:
         yield group

@@ -16,7 +16,7 @@ from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Conflict, Problem
 from imageapi.linux import loop
-from imageapi.records import Key
+from imageapi.records import Facts, Key
 
 DEADLINE = 20.0
 """Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
@@ -52,6 +52,11 @@ def attach(
         block.set_scheduler(device, scheduler)
         undo.pop_all()
     return device
+
+
+def facts(site: Site, key: Key, device: str) -> Facts:
+    """What an attachment has learnt, whether its device is on a daemon's file or the kernel's own. Raises: OSError."""
+    return block.facts(device, storage_daemon.helper(site, key))
 
 
 def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: str) -> None:

@@ -68,7 +68,9 @@ class Nursery(NamedTuple):
             end = output.make(self.given.directory, name)
             undo.callback(os.close, end)
             _check_reserve(end)
-            pid, descriptor, lent_by, tie = self._clone(name, group, born_in)
+            pid, descriptor, lent_by, tie = lender.clone(FLAGS, born_in)
+            if pid == 0:
+                init.run(tie, self.given, name, group)
             undo.pop_all()
             child = Child(name, pid, descriptor, tie, end, 0, None, parked=False, lender=lent_by)
             undo.callback(self.dismiss, child)
@@ -76,18 +78,6 @@ class Nursery(NamedTuple):
             parked = self.keep.park(descriptor, name)
             undo.pop_all()
         return child._replace(born=born, inode=inode, parked=parked)
-
-    def _clone(self, name: str, group: str | None, born_in: int | None) -> tuple[int, int, int, socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                pid, descriptor, lent_by = lender.clone(FLAGS, born_in, ours, theirs)
-            except OSError:
-                ours.close()
-                raise
-            if pid == 0:
-                init.run(theirs, self.given, name, group)
-        return pid, descriptor, lent_by, ours
 
     def dismiss(self, child: Child) -> None:
         """End it, and wait for that: it has done nothing yet that could take long."""

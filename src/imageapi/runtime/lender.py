@@ -26,32 +26,34 @@ NAME = "imageapi-memory"
 _BORN = b"\n"
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): the sender's pid, as the receiver's namespace numbers it, and more."""
+_DESCRIPTOR = struct.Struct("i")
 
 
-def clone(flags: int, cgroup_fd: int | None, ours: socket.socket, theirs: socket.socket) -> tuple[int, int, int]:
-    """namespaces.clone in memory that is lent: the child's pid and pidfd, and the lender's pidfd; in the child
-    (0, -1, -1). `ours` and `theirs` are a pair, over which the child tells that it is there.
+def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.socket]:
+    """namespaces.clone in memory that is lent: the child's pid and pidfd, the lender's pidfd, and our end of a pair of
+    which the child has the other, and nobody else; in the child (0, -1, -1, its end).
 
     Raises: OSError.
     """
     supervisor = os.getpid()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    lender_pid, lender = namespaces.clone(0)
-    if lender_pid == 0:
-        _lend(flags, cgroup_fd, supervisor, theirs)
-        return 0, -1, -1
-    with contextlib.ExitStack() as undo:
-        undo.callback(end, lender)
-        theirs.close()
-        pid = _introduced(ours)
-        with contextlib.suppress(ProcessLookupError):
-            pidfd.send_signal(lender, signal.SIGQUIT)
-        descriptor = pidfd.pidfd_open(pid)
-        undo.pop_all()
-    return pid, descriptor, lender
+    with ours, theirs:
+        lender_pid, lender = namespaces.clone(0)
+        if lender_pid == 0:
+            return 0, -1, -1, _lend(flags, cgroup_fd, supervisor, theirs)
+        with contextlib.ExitStack() as undo:
+            undo.callback(end, lender)
+            theirs.close()
+            pid, tie = _introduced(ours)
+            with contextlib.suppress(ProcessLookupError):
+                pidfd.send_signal(lender, signal.SIGQUIT)
+            descriptor = pidfd.pidfd_open(pid)
+            undo.pop_all()
+    return pid, descriptor, lender, tie
 
 
-def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.socket) -> None:
+def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.socket) -> socket.socket:
     """The lender's whole life. It is the child that returns."""
     try:
         process.die_with_parent(signal.SIGKILL)
@@ -61,25 +63,30 @@ def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.soc
         process.forbid_dumps()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         namespaces.clone(flags | LENT, cgroup_fd)
-        theirs.send(_BORN)
+        tie, own_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with tie:
+            socket.send_fds(theirs, [_BORN], [tie.fileno()])
     except OSError as error:
         with contextlib.suppress(OSError):
             theirs.send(b"%d" % (error.errno or errno.EIO))
         os._exit(1)
+    return own_end
 
 
-def _introduced(ours: socket.socket) -> int:
-    """The pid of the child that says it is there: the kernel adds who it is that says so.
+def _introduced(ours: socket.socket) -> tuple[int, socket.socket]:
+    """The pid of the child that says it is there, for which the kernel vouches, and its tie.
 
     Raises: OSError, when there is none, with the reason.
     """
-    said, ancillary, _, _ = ours.recvmsg(16, socket.CMSG_SPACE(_CREDENTIALS.size))
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-    if said == _BORN:
-        pid: int = _CREDENTIALS.unpack(ancillary[0][2])[0]
-        return pid
-    number = int(said or errno.ECHILD)
-    raise OSError(number, os.strerror(number))
+    room = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_DESCRIPTOR.size)
+    said, ancillary, _, _ = ours.recvmsg(16, room, socket.MSG_CMSG_CLOEXEC)
+    if said != _BORN:
+        number = int(said or errno.ECHILD)
+        raise OSError(number, os.strerror(number))
+    came = {kind: data for _, kind, data in ancillary}
+    (descriptor,) = _DESCRIPTOR.unpack(came[socket.SCM_RIGHTS])
+    pid: int = _CREDENTIALS.unpack(came[socket.SCM_CREDENTIALS])[0]
+    return pid, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor)
 
 
 def end(lender: int) -> None:

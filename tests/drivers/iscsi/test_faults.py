@@ -135,7 +135,7 @@ def test_a_target_that_falls_silent_is_a_time_out_and_leaves_nothing(
 
 def test_an_attach_killed_at_any_step_is_undone_from_its_record(site: Site, lab: Lab) -> None:
     what, step = record(definition(lab)), 0
-    for step in interruptions.deaths(lambda: DRIVER.acquire(what, [], site)):
+    for step in interruptions.some_deaths(lambda: DRIVER.acquire(what, [], site)):
         DRIVER.release(what, site)
         assert_nothing_left(site, f"after death at step {step}")
     DRIVER.release(what, site)
@@ -155,7 +155,7 @@ def test_an_attach_that_fails_at_any_step_leaves_nothing(site: Site, lab: Lab) -
 def test_a_detach_killed_at_any_step_is_finished_by_the_next(site: Site, lab: Lab) -> None:
     what, step = record(definition(lab)), 0
     DRIVER.acquire(what, [], site)
-    for step in interruptions.deaths(lambda: DRIVER.release(what, site)):
+    for step in interruptions.some_deaths(lambda: DRIVER.release(what, site)):
         DRIVER.release(what, site)
         assert_nothing_left(site, f"after death at step {step}")
         DRIVER.acquire(what, [], site)

