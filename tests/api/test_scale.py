@@ -54,8 +54,9 @@ class Crowd:
             return list(pool.map(partial(work, http), numbers))
 
     def _make(self, http: httpx.Client, number: int) -> float:
+        body = self._body(number)
         begun = time.monotonic()
-        answer = http.post("/container", json=self._body(number))
+        answer = http.post("/container", json=body)
         taken = time.monotonic() - begun
         assert answer.status_code == 201, answer.text
         return taken
@@ -122,9 +123,7 @@ def check(server: Server, crowd: Crowd) -> None:
     first = crowd.make(crowd.numbers[:SAMPLE])
     before = memory(server)
     crowd.make(crowd.numbers[SAMPLE:-SAMPLE], AT_ONCE)
-    last = iter(crowd.numbers[-SAMPLE:])
-    assert quickest(lambda: crowd.make([next(last)])[0], 2 * min(first), SAMPLE) <= 2 * min(first)
-    crowd.make(last)
+    assert min(crowd.make(crowd.numbers[-SAMPLE:])) <= 2 * min(first)
     for path in ("/container", "/mount", "/attach", "/container?name=box-1", "/container/byname/box-1"):
         with Client(server.socket) as client:
             assert quickest(partial(timed, client.ask, request("GET", path)), LIST) <= LIST, path
