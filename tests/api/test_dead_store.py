@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from imageapi.engine.pool import PER_STORE
 from lab.fuse import Shown, shown
-from lab.server import FOREVER, Server, box, eventually, image, running
+from lab.server import FOREVER, Server, box, eventually, image, posting, running
 
 pytestmark = pytest.mark.api
 
@@ -75,3 +77,17 @@ def test_what_hangs_in_its_making_holds_up_neither_the_end_nor_the_next_start(
     dying.work()
     server.delete("/container/byname/here?force=true")
     eventually(lambda: server.everything() == [], "nothing is left of what hung")
+
+
+def test_what_hangs_in_one_directory_takes_no_places_from_another(server: Server, dying: Shown) -> None:
+    dying.hang()
+    time.sleep(1.1)
+    writable = image(path=str(dying.path), ro=False)  # so that each is attached by itself
+    with contextlib.ExitStack() as late:
+        late.callback(dying.work)
+        answers = [late.enter_context(posting(server, "/attach/loopback", writable)) for _ in range(PER_STORE)]
+        eventually(lambda: len(server.get("/progress")) == PER_STORE, "all places of the directory are taken")
+        at_once(lambda: server.delete(f"/container/{server.post('/container', box(FOREVER))['id']}?force=true"))
+        dying.work()
+        assert all(answer.result().status_code == 201 for answer in answers)
+    server.clear()

@@ -11,7 +11,6 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from imageapi.linux import loop
 from lab import images
 from lab.archives import Member, archive
 from lab.processes import processes
-from lab.server import FOREVER, Server, eventually, running
+from lab.server import FOREVER, Server, eventually, posting, running
 from lab.web import Web, serving
 from tools.images import busybox
 
@@ -56,13 +55,6 @@ def noise(megabytes: int) -> bytes:
 def small_tar() -> bytes:
     """A tar in which a container can run."""
     return archive(Member("bin/sleep", busybox().read_bytes(), mode=0o755))
-
-
-@contextlib.contextmanager
-def posting(server: Server, path: str, body: Any) -> Iterator[Any]:
-    """A POST whose answer is not waited for within: the future of it."""
-    with server.client() as client, ThreadPoolExecutor(1) as pool:
-        yield pool.submit(client.post, path, json=body)
 
 
 def doing(server: Server) -> list[Any]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ class Api:
             for one in reversed(self.get(f"/{collection}")):
                 self.http.delete(f"/{collection}/{one['id']}")
         return self.everything() == []
+
+
+@contextlib.contextmanager
+def posting(server: Api, path: str, body: Any) -> Iterator[Future[httpx.Response]]:
+    """A POST whose answer is not waited for within: the future of it."""
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(client.post, path, json=body)
 
 
 def _good(answer: httpx.Response, code: int) -> Any:

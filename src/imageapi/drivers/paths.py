@@ -20,6 +20,16 @@ _REASONS = {
 }
 
 
+PLACE = "the file system of "
+"""How the stores begin that are known by a path alone."""
+
+
+def store(path: str) -> str:
+    """The store of what lies at a path of this host, which may be another host's, too: each directory or device is
+    taken for one, since a look at what is mounted there may hang."""
+    return PLACE + path
+
+
 def open_path(definition: Loopback | Bind, inputs: Sequence[AnyRecord]) -> int:
     """A descriptor (O_PATH) of what the definition names.
 

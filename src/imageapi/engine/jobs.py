@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from imageapi.drivers.base import LOCAL_STORE, driver
+from imageapi.drivers.paths import PLACE
 from imageapi.engine.graph import Graph, describe
 from imageapi.engine.pool import Chain, Job, Pool
 from imageapi.errors import Problem, TimedOut
@@ -43,15 +44,20 @@ class Jobs:
         return await self.run(self.store(record), Job(verb, record, *arguments))
 
     def store(self, record: AnyRecord) -> str:
-        """The store whose failure makes calls about the object hang: its own, or the first one below it."""
+        """The store whose failure makes calls about the object hang: its own, or the first one below it. A path of this
+        host is only then the answer when nothing is another host's."""
+        stores = list(self._stores(record))
+        far = (store for store in stores if not store.startswith(PLACE))
+        return next(far, stores[0] if stores else LOCAL_STORE)
+
+    def _stores(self, record: AnyRecord) -> Iterator[str]:
         for one in (record, *self._graph.below(record.key)):
             if isinstance(one.spec, Container):
                 continue
             kind = driver(one.key.collection, one.kind)
             store = kind.store(one.definition)
             if store != LOCAL_STORE and (one.phase in UNMADE or not getattr(kind, "copies", False)):
-                return store
-        return LOCAL_STORE
+                yield store
 
     async def run(self, store: str, job: Job, timeout: float | None = None) -> Any:
         """The result of one job.

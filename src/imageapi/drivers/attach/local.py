@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 
 from imageapi.config import Site
-from imageapi.drivers import partitions
+from imageapi.drivers import partitions, paths
 from imageapi.drivers.base import LocalDriver
 from imageapi.errors import Invalid
 from imageapi.records import AnyRecord, Facts
@@ -17,6 +17,9 @@ from imageapi.spec import Local
 
 class Driver(LocalDriver):
     """The kind `local`. `ro` makes the mounts on it read-only; the device stays as it is."""
+
+    def store(self, definition: Local) -> str:
+        return paths.store(definition.path)
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Local = record.definition

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from imageapi.config import Site
-from imageapi.drivers import block
+from imageapi.drivers import block, paths
 from imageapi.drivers.audit import Host, Wrong, delete, gone
-from imageapi.drivers.base import LocalDriver
+from imageapi.drivers.base import LOCAL_STORE, LocalDriver
 from imageapi.drivers.paths import open_path, reopen
 from imageapi.errors import Invalid, Unsupported
 from imageapi.linux import inotify, loop, superblock
@@ -21,6 +21,10 @@ from imageapi.spec import Loopback
 
 class Driver(LocalDriver):
     """The kind `loopback`."""
+
+    def store(self, definition: Loopback) -> str:
+        """Its directory's: images that lie together are lost together."""
+        return paths.store(os.path.dirname(definition.path)) if definition.base == "root" else LOCAL_STORE
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         """`detail` of the facts: see `_facts`; `cut` the bytes at the file's end that fill no sector, and which the

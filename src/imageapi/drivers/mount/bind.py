@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from imageapi.config import Site
-from imageapi.drivers import mounts
+from imageapi.drivers import mounts, paths
+from imageapi.drivers.base import LOCAL_STORE
 from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.paths import open_path
 from imageapi.errors import Invalid
@@ -22,6 +23,9 @@ from imageapi.spec import Bind
 
 class Driver(MountDriver):
     """The kind `bind`. `ro` is so for everything below too."""
+
+    def store(self, definition: Bind) -> str:
+        return paths.store(definition.path) if definition.base == "root" else LOCAL_STORE
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         definition: Bind = record.definition

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from imageapi.config import Site
-from imageapi.drivers import block, mounts
+from imageapi.drivers import block, mounts, paths
 from imageapi.drivers.attach import loopback
 from imageapi.drivers.base import LOCAL_STORE
 from imageapi.drivers.mounts import MountDriver
@@ -77,7 +77,8 @@ class Driver(MountDriver):
         from urllib.parse import urlsplit
 
         parts = urlsplit(definition.uri.each()[0])
-        return f"the file system of {parts.path}" if parts.scheme == "file" else parts.hostname or LOCAL_STORE
+        local = paths.store(os.path.dirname(parts.path))
+        return local if parts.scheme == "file" else parts.hostname or LOCAL_STORE
 
 
 def image_type(definition: Uri) -> str | None:
