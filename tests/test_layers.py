@@ -43,6 +43,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "client": frozenset({"msgspec", "httpx"}),
     "cli": frozenset({"msgspec", "httpx"}),
     "service": frozenset({"uvloop"}),
+    "lean": frozenset({"msgspec", "uvloop"}),
 }
 """The third-party packages of those parts that are not content with msgspec. What forks stays slim."""
 

@@ -13,8 +13,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from imageapi import lean as lean
-from imageapi import options
+from imageapi import lean, options
 from imageapi.config import Config, Site
 from imageapi.engine import rundir, zygote
 from imageapi.errors import Problem, from_oserror
@@ -78,6 +77,7 @@ def _raise_descriptor_limit() -> None:
 
 
 def _serve(config: Config, site: Site, control: socket.socket, watch: int, systemd: Service) -> None:
+    lean.load_event_loop()
     from imageapi import service
 
     given = service.Given(control, watch, systemd, _config_of_now)

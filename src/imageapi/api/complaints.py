@@ -6,7 +6,6 @@ be, and for a field that does not exist the nearest that does.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -94,6 +93,8 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What may have been meant, and all there is."""
+    import difflib  # here, as most servers never need it
+
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     meant = f"; did you mean '{close[0]}'?" if close else ";"

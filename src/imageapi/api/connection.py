@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-import urllib.parse
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -110,6 +109,12 @@ class Connections:
         deadline = self.loop.time() + seconds
         while self._tasks and (left := deadline - self.loop.time()) > 0:
             await asyncio.wait(set(self._tasks), timeout=left)
+
+
+def _unquoted(path: str) -> str:
+    from urllib.parse import unquote  # see request
+
+    return unquote(path)
 
 
 class Part(Enum):
@@ -224,7 +229,7 @@ class Connection(asyncio.Protocol):
             "scheme": "http",
             "server": self._server,
             "method": self._parser.get_method().decode("ascii"),
-            "path": urllib.parse.unquote(path) if "%" in path else path,
+            "path": _unquoted(path) if "%" in path else path,
             "raw_path": url.path,
             "query_string": url.query or b"",
             "headers": self._headers,

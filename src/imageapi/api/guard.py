@@ -7,7 +7,8 @@ of those Sec-Fetch-Site tells. On the Unix socket the file's mode says who may c
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
+import socket
 from collections.abc import Collection
 
 from imageapi.api.complaints import shortened
@@ -65,16 +66,23 @@ def host_name(host: str) -> str:
 
 def _plain(name: str) -> str:
     """A host's name in lower case and without the dot of its end, an address in its shortest form."""
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:
+    address = _packed(name.partition("%")[0])
+    if address is None:
         return name.lower().removesuffix(".")
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
 def is_loopback(name: str) -> bool:
     """Whether `name` is of loopback: an address, or a name that never is anybody else's (RFC 6761, 6.3)."""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
+    address = _packed(name)
+    if address is None:
         return name == "localhost" or name.endswith(".localhost")
+    return address[0] == 127 if len(address) == 4 else address == socket.inet_pton(socket.AF_INET6, "::1")
+
+
+def _packed(name: str) -> bytes | None:
+    """The bytes of an address, of an IPv4-mapped one (RFC 4291, 2.5.5.2) those of IPv4; None for a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return socket.inet_pton(family, name).removeprefix(bytes(10) + b"\xff\xff")
+    return None

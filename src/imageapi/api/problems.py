@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import time
 from functools import cache, lru_cache
 from http import HTTPStatus
@@ -48,7 +48,7 @@ def answer(problem: Problem) -> Json:
 
 def bug(request: Request, error: Exception) -> Json:
     """The answer to what only we can have caused: a number that is in the log too, beside the trace."""
-    reference = secrets.token_hex(4)
+    reference = os.urandom(4).hex()
     log.error("bug %s in %s %s", reference, request.method, request.path, exc_info=error)
     return answer(Problem(f"a bug of this server; its log has the trace under {reference}"))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +46,7 @@ class Ledger:
 
     def draw_token(self) -> int:
         """A number that no other object's directories carry."""
-        while self.graph.token_taken(token := secrets.randbelow(10**9)):
+        while self.graph.token_taken(token := int.from_bytes(os.urandom(8), "big") % 10**9):
             pass
         return token
 
