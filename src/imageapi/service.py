@@ -8,9 +8,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import uvloop
 
@@ -21,6 +21,7 @@ from imageapi.config import Config, Site
 from imageapi.engine import ceilings, rundir
 from imageapi.engine.engine import Engine
 from imageapi.engine.pool import Pool
+from imageapi.engine.tasks import unless
 from imageapi.engine.watch import Watch
 from imageapi.errors import Problem
 from imageapi.linux import memory
@@ -81,7 +82,7 @@ async def _serve(config: Config, site: Site, given: Given) -> None:
         voice.say(f"STATUS={engine.summary()}")
 
     try:
-        await _unless(stop, engine.start(watch))
+        await unless(stop, engine.start(watch))
         ceilings.warn()
         _settle()
         log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
@@ -165,13 +166,3 @@ def _settle() -> None:
     gc.collect()
     gc.freeze()
     memory.forget_code()
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`, but leave off when `stop` comes first."""
-    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if working.done():
-        working.result()
-    working.cancel()

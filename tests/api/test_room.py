@@ -3,6 +3,7 @@ and all works again as soon as there is room, without a restart."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from lab import room
 from lab.machine import Machine
 from lab.processes import processes
 from lab.room import Filler
-from lab.server import FOREVER, Server, alive, box, eventually, image, running, running_as, squashfs, writable
+from lab.server import FOREVER, PATIENCE, Server, alive, box, eventually, image, running, running_as, squashfs, writable
 
 pytestmark = pytest.mark.api
 
@@ -222,6 +223,19 @@ def test_connections_do_not_take_the_descriptors_of_the_work(few_descriptors: Se
         for one in opened:
             one.close()
     eventually(lambda: _is_let_in(few_descriptors), "another is let in")
+
+
+def test_of_a_burst_of_connections_none_goes_without_an_answer(few_descriptors: Server) -> None:
+    """Those that there are no descriptors for wait until there are."""
+    with contextlib.ExitStack() as opened:
+        burst = [opened.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(300)]
+        for client in burst:
+            client.settimeout(PATIENCE)
+            client.connect(str(few_descriptors.socket))
+            client.send(b"GET /imageapi/v1/container HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        for client in burst:
+            assert client.recv(4096)[:12] in (b"HTTP/1.1 200", b"HTTP/1.1 503")
+            client.close()
 
 
 def _is_let_in(server: Server) -> bool:

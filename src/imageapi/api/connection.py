@@ -28,6 +28,8 @@ REST = 2.0
 """Seconds without a request, after which the server is at rest."""
 RESERVE = 256
 """Descriptors that are not for connections, at most half of all: what is asked for over them needs some, too."""
+REFUSED = 8
+"""The part of that reserve, an eighth, for connections that are only told so; more of them wait in the kernel."""
 LAST_WORDS = 1.0
 """Seconds at the end of the server for requests that were cancelled to say so, and for clients to hear it."""
 
@@ -49,6 +51,10 @@ class Connections:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = descriptors - min(RESERVE, descriptors // 2)
         self.most = min(config.listen_limit or room, room)
+        self._full = room + (descriptors - room) // REFUSED
+        self.crowded, self.roomy = asyncio.Event(), asyncio.Event()
+        """No further connection is to be let in, or one may be again; there may be more, from before that is heard."""
+        self.roomy.set()
         self.why = (
             "the --listen-limit" if self.most == config.listen_limit else f"what LimitNOFILE={descriptors} allows"
         )
@@ -59,10 +65,16 @@ class Connections:
     def enter(self, connection: Connection) -> int:
         """One has been made; how many there are."""
         self._open.add(connection)
+        if len(self._open) == self._full:
+            self.crowded.set()
+            self.roomy.clear()
         return len(self._open)
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
+        if len(self._open) < self._full and self.crowded.is_set():
+            self.crowded.clear()
+            self.roomy.set()
         self._look()
 
     def start(self, exchange: Exchange) -> None:

@@ -9,11 +9,13 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 from imageapi.api.connection import Connections
 from imageapi.api.guard import is_loopback
 from imageapi.api.request import App
 from imageapi.config import Config
+from imageapi.engine.tasks import unless
 from imageapi.errors import Conflict, Invalid
 
 BACKLOG = 2048
@@ -47,12 +49,21 @@ class Listeners:
     async def serve(self, app: App, stop: asyncio.Event, at_rest: Callable[[], None] = lambda: None) -> None:
         """Answer requests until `stop`, then let those under way end. `at_rest` is as for Connections."""
         connections = Connections(app, self._config, at_rest)
-        loop = asyncio.get_running_loop()
-        servers = [await loop.create_server(connections.new, sock=one, backlog=BACKLOG) for one in self._sockets]
-        await stop.wait()
-        for server in servers:
-            server.close()
+        await unless(stop, self._let_in(connections))
         await connections.finish()
+
+    async def _let_in(self, connections: Connections) -> NoReturn:
+        """Take connections, for ever, as long as there are descriptors for them; otherwise they wait in the kernel. A
+        copy of each socket accepts them, since it is closed with its server."""
+        new, loop = connections.new, asyncio.get_running_loop()
+        while True:
+            servers = [await loop.create_server(new, sock=one.dup(), backlog=BACKLOG) for one in self._sockets]
+            try:
+                await connections.crowded.wait()
+            finally:
+                for server in servers:
+                    server.close()
+            await connections.roomy.wait()
 
     def close(self) -> None:
         """Close all, and remove the socket file if it is still ours."""
