@@ -46,7 +46,7 @@ class Graph:
     """The records of one server. Ids are counted per collection from `first_id`."""
 
     def __init__(self, first_id: int = 0) -> None:
-        self._records: dict[str, dict[int, AnyRecord]] = {collection: {} for collection in spec.COLLECTIONS}
+        self._records: dict[str, dict[Key, AnyRecord]] = {collection: {} for collection in spec.COLLECTIONS}
         self._following = dict.fromkeys(spec.COLLECTIONS, first_id)
         self._unused: set[Key] = set()
         self._edges: dict[Key, list[Key]] = {}
@@ -60,7 +60,7 @@ class Graph:
     # ------------------------------------------------------------------------------------------------ reading
 
     def find(self, key: Key) -> AnyRecord | None:
-        return self._records[key.collection].get(key.id)
+        return self._records[key.collection].get(key)
 
     def get(self, key: Key) -> AnyRecord:
         """The record, whether its create has succeeded or not.
@@ -96,7 +96,7 @@ class Graph:
 
     def shown(self, collection: str) -> list[AnyRecord]:
         """The objects of a collection whose create has succeeded, in order of id."""
-        return [record for record in self._records[collection].values() if record.key not in self._hidden]
+        return list(self._shown(collection).values())
 
     def holders(self, key: Key) -> list[AnyRecord]:
         """The objects that stand on `key`, in order."""
@@ -127,13 +127,8 @@ class Graph:
 
         Raises: NotFound.
         """
-        seen = set(keys)
-        waiting = [edge for key in keys for edge in self._edges[self.get(key).key]]
-        for edge in waiting:
-            if edge not in seen and (record := self.find(edge)):
-                seen.add(edge)
-                waiting += self._edges[edge]
-                yield record
+        found = {key: self.get(key) for key in keys}
+        yield from (record for key, record in self._down_from(found).items() if key not in found)
 
     def picture(self, key: Key) -> Picture:
         """The object as it is now.
@@ -152,10 +147,23 @@ class Graph:
 
     def pictures(self, collection: str) -> list[Picture]:
         """The objects of a collection whose create has succeeded, in order of id."""
-        return self._pictures({record.key: record for record in self.shown(collection)})
+        return self._pictures(self._shown(collection))
+
+    def _shown(self, collection: str) -> dict[Key, AnyRecord]:
+        return {key: record for key, record in self._records[collection].items() if key not in self._hidden}
+
+    def _down_from(self, chosen: dict[Key, AnyRecord]) -> dict[Key, AnyRecord]:
+        """These, and all that they stand on, all the way down."""
+        records = dict(chosen)
+        waiting = [edge for key in chosen for edge in self._edges[key]]
+        for edge in waiting:
+            if edge not in records and (record := self.find(edge)):
+                records[edge] = record
+                waiting += self._edges[edge]
+        return records
 
     def _pictures(self, chosen: dict[Key, AnyRecord]) -> list[Picture]:
-        records = chosen | {record.key: record for record in self.below(*chosen)}
+        records = self._down_from(chosen)
         refs = {key: len(self._holders.get(key, ())) + record.pinned for key, record in records.items()}
         edges = {key: self._edges[key] for key in records}
         return [Picture(key, records, edges, refs) for key in chosen]
@@ -181,7 +189,7 @@ class Graph:
         """Enter a record and its edges. A hidden one takes its name and holds what it stands on, but is not shown
         before `show`."""
         key = record.key
-        self._records[key.collection][key.id] = record
+        self._records[key.collection][key] = record
         self.count_on({key.collection: key.id + 1})
         self._tokens.add(record.token)
         self._alike[fingerprint(record)].add(key)
@@ -208,7 +216,7 @@ class Graph:
     def remove(self, key: Key) -> None:
         """Take a record out, with its edges and its name. An id that was never shown is free again once none
         counted after it is in use."""
-        record = self._records[key.collection].pop(key.id)
+        record = self._records[key.collection].pop(key)
         self._tokens.discard(record.token)
         self._discard(self._alike, fingerprint(record), key)
         for edge in self._edges.pop(key):
