@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 NEEDED = ", which it needs, "
 """What is in every sentence about the loss of something else."""
 SETTLE = 0.5
-"""Seconds from the first sign of a change to the look: most signs are of what we do ourselves, in bursts."""
+"""Seconds from a sign of a change, and from the last of what we do ourselves, to the look: most signs are our own."""
+BUSIEST = 3.0
+"""Seconds that a look is put off by what we do ourselves, at the most."""
 SHARE = 10
 """A look that took long is followed by a pause of so many times that."""
 AGAIN = 30.0
@@ -50,8 +52,14 @@ class Auditor:
         pause = SETTLE if looked else await self._look_at_last(watch)
         while True:
             await watch.changed()
-            await asyncio.sleep(pause)
+            await self._settle(pause)
             pause = await self._look_at_last(watch)
+
+    async def _settle(self, pause: float) -> None:
+        end = time.monotonic() + max(pause, BUSIEST)
+        await asyncio.sleep(pause)
+        while (now := time.monotonic()) < min(end, until := self._jobs.ended + SETTLE):
+            await asyncio.sleep(min(end, until) - now)
 
     async def _look_at_last(self, watch: Watch) -> float:
         """Look, however often that fails; the seconds until the next time."""

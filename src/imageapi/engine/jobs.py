@@ -35,6 +35,8 @@ class Jobs:
         self._graph = graph
         self._timeout = timeout
         self._under_way: dict[Key, Job] = {}
+        self.ended = 0.0
+        """When the last job on an object ended, by the monotonic clock."""
 
     async def drive(self, verb: str, record: AnyRecord, *arguments: Any) -> Any:
         """Have the driver of an attachment or mount do `verb`.
@@ -97,6 +99,7 @@ class Jobs:
 
     def _remember(self, key: Key, job: Job) -> None:
         def forget(_: object) -> None:
+            self.ended = time.monotonic()
             if self._under_way.get(key) is job:
                 del self._under_way[key]
 
