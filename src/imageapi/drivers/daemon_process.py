@@ -145,7 +145,8 @@ class Daemon:
         if done.returncode:
             raise _not_started(done.returncode, done.stderr.strip())
         with contextlib.suppress(OSError):  # it stays in the unit of the server, whose KillMode= spares it
-            scope.join(self._site.scope, self.pid() or 0)
+            if (pid := self.pid()) is not None:
+                scope.join(self._site.scope, pid)
 
     @property
     def _identity(self) -> tuple[str, str]:
@@ -210,13 +211,13 @@ class Daemon:
 
 def _not_started(status: int, words: str) -> Problem:
     """Why the program ended instead of beginning its work, in its own words where it had time for them."""
-    if status == _KILLED:
+    if status == _KILLED or not words:  # what it leaves behind as a daemon is waited for, and may be killed as well
         return errors.Exhausted(
             f"{PROGRAM} was killed while it started, as the kernel does when no memory is left: see dmesg",
             step="start the storage daemon",
         )
     return errors.exhausted(words, f"starting {PROGRAM}") or Problem(
-        f"{PROGRAM} did not start: {words or f'it ended with status {status}'}", step="start the storage daemon"
+        f"{PROGRAM} did not start: {words}", step="start the storage daemon"
     )
 
 

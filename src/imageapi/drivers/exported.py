@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from imageapi.config import Site
 from imageapi.drivers import block, export_loop, revisit, storage_daemon
 from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
-from imageapi.errors import Conflict, Problem
+from imageapi.errors import Conflict, Exhausted, Problem
 from imageapi.linux import loop
 from imageapi.records import Facts, Key
 
@@ -39,24 +39,64 @@ def attach(
     site: Site, key: Key, source: Source, deadline: Deadline, *, scheduler: str = NO_SCHEDULER, partitions: bool = False
 ) -> str:
     """Open the image and return its block device; `partitions`: have the kernel read its partition table. Leaves
-    nothing when it fails.
+    nothing when it fails. A daemon that ends meanwhile is replaced, once.
 
     Raises: what `storage_daemon.export` raises; OSError from the loop device; errors.Invalid for a scheduler that the
     kernel has not.
     """
+    with contextlib.suppress(ConnectionError):
+        return _attach(site, key, source, deadline, scheduler=scheduler, partitions=partitions)
+    return _attach(site, key, source, deadline, scheduler=scheduler, partitions=partitions)
+
+
+def _attach(site: Site, key: Key, source: Source, deadline: Deadline, *, scheduler: str, partitions: bool) -> str:
     with contextlib.ExitStack() as undo:
         storage_daemon.export(site, key, source, deadline)
         undo.callback(abandon, key, site)
-        with storage_daemon.cut_off_when_late(site, key, deadline.left()):
+        with _while_it_lives(site, key), storage_daemon.cut_off_when_late(site, key, deadline.left()):
             device = export_loop.attach(site, key, read_only=source.read_only, partitions=partitions)
         block.set_scheduler(device, scheduler)
         undo.pop_all()
     return device
 
 
+@contextlib.contextmanager
+def _while_it_lives(site: Site, key: Key) -> Iterator[None]:
+    """What fails within because the daemon has ended raises ConnectionError."""
+    try:
+        yield
+    except OSError as error:
+        if storage_daemon.helper(site, key) is not None:
+            raise
+        raise ConnectionResetError(f"the daemon ended: {error}") from error
+
+
 def facts(site: Site, key: Key, device: str) -> Facts:
-    """What an attachment has learnt, whether its device is on a daemon's file or the kernel's own. Raises: OSError."""
-    return block.facts(device, storage_daemon.helper(site, key))
+    """What an attachment has learnt, whether its device is on a daemon's file or the kernel's own.
+
+    Raises: OSError; errors.Exhausted, when the daemon has ended.
+    """
+    helper = storage_daemon.helper(site, key)
+    if helper is None and storage_daemon.known(site, key):
+        raise ended()
+    return block.facts(device, helper)
+
+
+def observed(site: Site, key: Key, device: str | None) -> Facts | None:
+    """The same of a device that was found; None where there is none, or its daemon has ended. Raises: OSError."""
+    with contextlib.suppress(Exhausted):
+        return None if device is None else facts(site, key, device)
+    return None
+
+
+def ended(words: str = "") -> Exhausted:
+    """The answer where a daemon has ended over what it was asked for, and so has the next, or none could be tried."""
+    return Exhausted(
+        "the storage daemon ended while it had the image open, as it does when the kernel kills it since no memory is "
+        "left: see dmesg, and ask again",
+        step="attach or detach the image",
+        detail=words,
+    )
 
 
 def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: str) -> None:

@@ -22,9 +22,14 @@ from imageapi.engine.mending import Mender
 from imageapi.engine.plan import Later, Plan, plan
 from imageapi.engine.pool import Job
 from imageapi.engine.tasks import Tasks
-from imageapi.errors import Conflict, Problem, TimedOut
+from imageapi.errors import Conflict, Exhausted, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container, Object
+
+HELPER_ENDED = (
+    "the storage helper of the image ended twice while this was made, as it does when the kernel kills it since no "
+    "memory is left: see dmesg, and ask again"
+)
 
 
 class Applier:
@@ -51,10 +56,22 @@ class Applier:
         self._awaited: dict[Key, asyncio.Future[None]] = {}
 
     async def create(self, thing: Object) -> AnyRecord:
-        """Make `thing` and all that it nests. Cancelling undoes it as a failure does.
+        """Make `thing` and all that it nests. Cancelling undoes it as a failure does. One that fails when a storage
+        helper has ended is undone, and begun anew, once.
 
         Raises: errors.Problem, and then nothing is left but what the kernel has not come back from.
         """
+        try:
+            return await self._create(thing)
+        except _Bereft as bereft:
+            await self._mender.mended(bereft.of)
+        try:
+            return await self._create(thing)
+        except _Bereft as again:
+            raise Exhausted(HELPER_ENDED, **again.problem.fields) from again
+
+    async def _create(self, thing: Object) -> AnyRecord:
+        """Raises: errors.Problem; _Bereft."""
         running = getattr(thing, "state", None) == "running"
         while True:
             claimed = await self._claim(thing, running=running)
@@ -65,15 +82,20 @@ class Applier:
             try:
                 await asyncio.shield(made)
                 self._ledger.publish(claimed)
+                for record in claimed.steps:
+                    self._mender.watch(record)
                 stages.end("publish")
                 return claimed.root
             except GivenUp:
                 await self._tasks.through(self._undo(claimed))
             except BaseException as error:
                 making.stop()
+                lost = self._mender.lost(*claimed.steps)
                 undone = self._tasks.spawn(self._undo(claimed, made))
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.shield(undone)
+                if lost and isinstance(error, Problem) and not isinstance(error, TimedOut):
+                    raise _Bereft(lost, error) from error
                 raise
 
     async def _claim(self, thing: Object, *, running: bool) -> Plan:
@@ -113,6 +135,15 @@ class Applier:
             record.problem = record.problem or "its create has ended before it was made"
         ended = GivenUp(f"{describe(record)} is not made: its create has ended")
         _tell(self._awaited.pop(record.key, None), ended)
+
+
+class _Bereft(Exception):
+    """A create that met a `problem` when the storage helpers of some stores had ended."""
+
+    def __init__(self, of: set[str], problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.of = of
+        self.problem = problem
 
 
 class _Making:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 from collections import deque
 from collections.abc import Collection, Iterator
 
@@ -44,6 +45,7 @@ class Mender:
         self._tasks = tasks
         self._watched: dict[Helper, tuple[int, set[Key]]] = {}
         self._lost: dict[str, deque[AnyRecord]] = {}
+        self._menders: dict[str, asyncio.Task[None]] = {}
         self._told: dict[Key, str] = {}
 
     def close(self) -> None:
@@ -101,6 +103,36 @@ class Mender:
             if record.facts.helper is not None and not self._used_besides(record, records):
                 self._tasks.linger(self._sever(record))
 
+    # ------------------------------------------------------------------------------------------------ recovering
+
+    async def recover(self, record: AnyRecord) -> bool:
+        """Whether something below the object has lost its helper, so that what has failed may be tried again now."""
+        lost = self.lost(record)
+        await self.mended(lost)
+        return bool(lost)
+
+    def lost(self, *records: AnyRecord) -> set[str]:
+        """The stores of those, among the objects and all below them, whose helper has ended, and which are not as
+        before yet; names, that is."""
+        below = {one.key: one for one in self._below(records)}
+        return {self._jobs.store(one) for one in below.values() if self._is_lost(one)}
+
+    def _is_lost(self, record: AnyRecord) -> bool:
+        """It may be found here before its end has been told."""
+        helper = record.facts.helper
+        if helper is None:
+            return False
+        if not _lives(helper):
+            self.lose(record)
+            return True
+        return record.key in self._told or any(record is one for lost in self._lost.values() for one in lost)
+
+    async def mended(self, stores: Collection[str]) -> None:
+        """Wait until all that was lost of stores is mended, at most for `PATIENCE`."""
+        menders = [self._menders[store] for store in stores if store in self._menders]
+        if menders:
+            await asyncio.wait(menders, timeout=PATIENCE)
+
     def _below(self, records: Collection[AnyRecord]) -> Iterator[AnyRecord]:
         kept = [record for record in records if self._graph.find(record.key) is record]
         yield from kept
@@ -126,15 +158,16 @@ class Mender:
     # --------------------------------------------------------------------------------------------------- mending
 
     def lose(self, record: AnyRecord, problem: str = ENDED) -> None:
-        """The object does not work any more: it says so, and is mended."""
-        if record.phase is not Phase.LIVE:
+        """The object does not work any more: it says so, and is mended. One that is just being made is its create's to
+        undo, or to have watched when it is shown."""
+        if record.phase is not Phase.LIVE or not self._graph.is_shown(record.key):
             return
         log.warning("%s: %s", describe(record), problem)
         self._tell(record, problem)
         store = self._jobs.store(record)
         if store not in self._lost:
             self._lost[store] = deque()
-            self._tasks.linger(self._mend_all(store))
+            self._menders[store] = self._tasks.linger(self._mend_all(store))
         if not any(one is record for one in self._lost[store]):
             self._lost[store].append(record)
 
@@ -151,7 +184,7 @@ class Mender:
                     await asyncio.sleep(delay)
                     delay = min(2 * delay, LAST_RETRY)
         finally:
-            del self._lost[store]
+            del self._lost[store], self._menders[store]
 
     async def _mend(self, record: AnyRecord) -> bool:
         """Whether nothing is left to be done for the object."""
@@ -191,6 +224,18 @@ class Mender:
             if one.problem in (None, self._told.get(one.key)) and self._graph.is_shown(one.key):
                 self._told[one.key] = text
                 self._ledger.fault([one.key], text)
+
+
+def _lives(helper: Helper) -> bool:
+    """A pidfd is readable as soon as its process has ended."""
+    if (descriptor := _opened(helper)) is None:
+        return False
+    ended = select.poll()
+    ended.register(descriptor, select.POLLIN)
+    try:
+        return not ended.poll(0)
+    finally:
+        os.close(descriptor)
 
 
 def _opened(helper: Helper) -> int | None:

@@ -38,7 +38,7 @@ class Driver(Audited):
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = kernel.observe(record.key, site) or exported.observe(record.key, site)
-        return None if device is None else exported.facts(site, record.key, device)
+        return exported.observed(site, record.key, device)
 
     def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
         device, complaint = daemon.mend(record.key, record.definition, site)

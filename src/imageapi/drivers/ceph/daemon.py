@@ -118,7 +118,7 @@ def _explained(definition: Rbd) -> Iterator[None]:
     except TimeoutError:
         raise _silent(definition) from None
     except ConnectionError as error:
-        raise Problem("the storage daemon ended while it was asked: ask again", detail=str(error)) from None
+        raise exported.ended(str(error)) from None
 
 
 def explain(words: str, definition: Rbd) -> Problem:

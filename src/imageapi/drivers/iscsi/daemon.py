@@ -115,7 +115,7 @@ def _explained(definition: Iscsi) -> Iterator[None]:
             path="$.host",
         ) from None
     except ConnectionError as error:
-        raise Problem("the storage daemon ended while it was asked: ask again", detail=str(error)) from None
+        raise exported.ended(str(error)) from None
 
 
 def explain(words: str, definition: Iscsi) -> Problem:
