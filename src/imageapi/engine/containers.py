@@ -15,8 +15,11 @@ from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import msgspec
+
 from imageapi.config import Config
 from imageapi.drivers.base import driver
+from imageapi.engine import endings
 from imageapi.engine.graph import Picture, describe, standing
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
@@ -24,7 +27,7 @@ from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
-from imageapi.errors import Conflict, NotFound, Problem, TimedOut, from_oserror
+from imageapi.errors import Conflict, NotFound, Problem, TimedOut
 from imageapi.records import AnyRecord, Facts, Key, Phase, Run
 from imageapi.runtime import command, logs
 from imageapi.runtime.client import Supervisor
@@ -34,9 +37,8 @@ from imageapi.spec import Overlay, Tmpfs
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-HALTED = (128 + 1, 128 + 2)
-"""How a pid namespace ends whose first process called reboot(2): by SIGHUP to restart, by SIGINT to halt."""
 CREATED, STARTING = "container created", "starting container"
+CUT_OFF = "the start was cut off by the end of the server, and is undone"
 """What the log of a container says of it."""
 START_TIMEOUT = 20.0
 """Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
@@ -81,6 +83,7 @@ class Containers:
         for record in self._graph.all("container"):
             if self.active(record) and record.key not in lives:
                 self._tasks.spawn(self._finish(record, None))
+            self._take_back(record)
 
     async def leave(self) -> None:
         """Leave the supervisor, which goes on while a container runs, and ends with us when there is none."""
@@ -250,6 +253,14 @@ class Containers:
 
     # -------------------------------------------------------------------------------------------------- a start
 
+    def _take_back(self, record: AnyRecord) -> None:
+        """A start that the last server's end has cut off has not been, but for its number and a line in the log."""
+        run = record.run
+        if run is not None and run.before is not None:
+            record.run = msgspec.structs.replace(run.before, attempt=run.attempt)
+            self._log(record, CUT_OFF)
+            self._ledger.note(record)
+
     async def _begin(self, record: AnyRecord, start: Coroutine[Any, Any, T]) -> T:
         """Have a start done, whether its caller waits for it or not."""
         starting = self._starting[record.key] = self._tasks.spawn(start)
@@ -259,7 +270,7 @@ class Containers:
         """A new start, with the next number; the last one's end is forgotten, also when nothing takes its place. The
         container as it has begun."""
         old = _run(record)
-        run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1)
+        run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1, before=old)
         self._ends.pop(record.key, None)
         try:
             await self._start(record, run, (STARTING,))
@@ -273,17 +284,18 @@ class Containers:
         """Do a start; the container's log is told so many things first."""
         try:
             if self._graph.is_shown(record.key):  # else its number is on disk since it was claimed
-                self._ledger.change(record, problem=None)
+                self._ledger.change(record)
             started = await self._execute(record, run, told)
         except Problem as problem:
-            run.state, run.finished_at = "dead", now()
+            run.state, run.finished_at, run.before = "dead", now(), None
             self._ledger.note(record, problem=f"it could not be started: {problem.message}")
             if isinstance(problem, TimedOut):
                 self._give_up_start(record.id, run.attempt)
             raise
         else:
             run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
-            record.problem = _log_problem(run, started.log_trouble)
+            run.before = None
+            record.problem = endings.log_problem(run, started.log_trouble)
             if self._graph.is_shown(record.key):  # else it is written with its create's success
                 self._ledger.note(record)
         finally:
@@ -310,10 +322,31 @@ class Containers:
         self._late.discard((container, attempt))
 
     async def _execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
-        """Have the supervisor execute the command.
+        """Have the supervisor execute the command. When it was not, and a storage helper has ended, that is mended and
+        it is tried again, once; a create is begun anew as a whole.
 
         Raises: errors.Problem, when it was not executed.
         """
+        try:
+            return await self._ask_to_execute(record, run, told)
+        except TimedOut:
+            raise
+        except Problem as problem:
+            if not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
+                raise self._explained(record, problem) from problem
+        try:
+            return await self._ask_to_execute(record, run, (STARTING,))
+        except Problem as problem:
+            raise self._explained(record, problem) from problem
+
+    def _explained(self, record: AnyRecord, problem: Problem) -> Problem:
+        """A failure, with what is wrong below the container, which it may come of."""
+        wrong = (f"{describe(one)}: {one.problem}" for one in self._graph.below(record.key) if one.problem)
+        if (reason := next(wrong, None)) is None or isinstance(problem, Conflict):
+            return problem
+        return type(problem)(f"{problem.message}; {reason}", **problem.fields)
+
+    async def _ask_to_execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
         facts = self._mount_of(record).facts
         assert facts.mountpoint is not None, "it is mounted"
         order = self._order(record, run, facts, told)
@@ -366,7 +399,7 @@ class Containers:
             and _run(record).attempt == news.attempt
             and _run(record).state in ("running", "stopping")
         ):
-            self._ledger.note(record, problem=_log_problem(_run(record), news.errno))
+            self._ledger.note(record, problem=endings.log_problem(_run(record), news.errno))
 
     async def _finish(self, record: AnyRecord, exit_code: int | None) -> None:
         """The container has ended: its file systems are synced, then its state says so. The end of a start that was
@@ -375,22 +408,15 @@ class Containers:
         if run.state not in ("running", "stopping"):
             return
         problem = await self._sync(record)
-        if _is_clean(record, exit_code):
+        if endings.is_clean(record, run, exit_code):
             run.state = "exited"
         else:
-            run.state, problem = "dead", problem or self._complaint(run, exit_code)
+            bereft = bool(self._mender.lost(record))
+            run.state, problem = "dead", problem or endings.complaint(run, exit_code, bereft=bereft)
         run.pid = run.start_time = None
         run.exit_code, run.finished_at = exit_code, now()
         self._ledger.note(record, problem=problem)
         self._end_of(record).set()
-
-    @staticmethod
-    def _complaint(run: Run, exit_code: int | None) -> str:
-        """What is to be said of an end that nobody asked for."""
-        if exit_code is None:
-            return "it ended while nobody watched, so that its exit code is not known"
-        how = f"was killed by signal {exit_code - 128}" if exit_code > 128 else f"exited with status {exit_code}"
-        return f"its command {how}; {run.logfile} has its output"
 
     async def _sync(self, record: AnyRecord) -> str | None:
         """Have what the container wrote reach its store; what went wrong, if anything did."""
@@ -424,7 +450,7 @@ class Containers:
         if run is None or run.attempt != life.attempt or run.state in ("exited", "dead"):
             return run is not None and run.attempt == life.attempt and not life.running
         if run.state == "created":
-            run.state, run.started_at = "running", run.started_at or now()
+            run.state, run.started_at, run.before, record.problem = "running", run.started_at or now(), None, None
         run.pid, run.start_time = life.pid, life.start_time
         self._ledger.note(record)
         if not life.running:
@@ -456,19 +482,6 @@ class Containers:
             logs.append(_run(record).logfile, f"container({record.id})", text)
         except OSError as error:
             log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
-
-
-def _log_problem(run: Run, trouble: int) -> str | None:
-    """What is to be said of a log that does not take what belongs in it."""
-    if not trouble:
-        return None
-    lost = OSError(trouble, os.strerror(trouble), run.logfile)
-    return from_oserror(lost, "lines of its log are lost").message
-
-
-def _is_clean(record: AnyRecord, exit_code: int | None) -> bool:
-    """Whether a container has ended as it should: asked to, by itself with status 0, or as a halted system does."""
-    return _run(record).stop_requested or exit_code == 0 or (record.spec.systemd and exit_code in HALTED)
 
 
 def _run(record: AnyRecord) -> Run:

@@ -72,7 +72,16 @@ class Container:
 
     def told(self) -> Life:
         """The life as it is told to who asks what there is."""
-        return msgspec.structs.replace(self.life, starting=True) if self.starting else self.life
+        return msgspec.structs.replace(self.life, starting=self.starting or self._unexecuted)
+
+    @property
+    def _unexecuted(self) -> bool:
+        """Whether a life that another supervisor began has not executed its command, or has ended without."""
+        life = self.life
+        return life.starting and (not life.running or self._waits())
+
+    def _waits(self) -> bool:
+        return output.is_unexecuted(self._around.directory, self.entry.name)
 
     # -------------------------------------------------------------------------------------------------- a start
 
@@ -257,6 +266,7 @@ class Container:
         if not entry.life.running:
             self._around.groups.remove(entry.groups)
             return
+        self.entry = msgspec.structs.replace(entry, life=msgspec.structs.replace(entry.life, starting=self._waits()))
         found = self._around.keep.parked(entry.name)
         self._parked = found is not None
         if found is None:
@@ -273,7 +283,7 @@ class Container:
         try:
             end = output.reopen(self._around.directory, self.entry.name)
         except FileNotFoundError:
-            end = output.make(self._around.directory, self.entry.name)
+            end = output.make(self._around.directory, self.entry.name, output.EXECUTED)
         self._output = self._copier(end)
         if self.entry.groups:
             self._notify = self._around.keep.listen(self.entry.name)
@@ -340,7 +350,8 @@ class Container:
             return
         if self._output is not None:
             self._output.drain()
-        over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=_now())
+        starting = self._unexecuted
+        over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=_now(), starting=starting)
         self.entry = msgspec.structs.replace(self.entry, life=over)
         failed = self._problem is not None and self._answer is not None
         if failed:

@@ -233,6 +233,8 @@ def _execute(orders: Orders) -> NoReturn:
     order = orders.start
     environment = layout.environment(systemd=order.systemd, uuid=orders.uuid)
     try:
+        os.fchmod(1, output.EXECUTED)
         os.execve(order.argv[0], order.argv, environment | order.environment)
     except OSError as error:
+        os.fchmod(1, output.UNEXECUTED)
         raise command.explain(os.open("/", os.O_PATH | os.O_DIRECTORY), order.argv, error) from None

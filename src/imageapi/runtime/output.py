@@ -3,6 +3,9 @@
 The container holds the FIFO open for reading as well: it gets no SIGPIPE when the supervisor dies, waits when the
 pipe is full, and the next supervisor goes on where the last one stopped. We hold it open for writing as well: there
 is no end of file, however often the container closes its own.
+
+Its mode tells the next supervisor whether a first process came to execute its command: until then the sticky bit is
+set, which means nothing for a FIFO (inode(7)).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import termios
 from collections.abc import Callable, Collection
 
@@ -20,18 +24,26 @@ from imageapi.runtime import logs
 CHUNK = 64 << 10
 """A pipe's size by default (pipe(7)), in bytes: the most that one read of it gives."""
 SUFFIX = ".out"
+EXECUTED = 0o666
+UNEXECUTED = EXECUTED | stat.S_ISVTX
+"""The modes of a FIFO, before and after. In the container everybody may open it, as /dev/stdout; on the host its
+directory is root's alone."""
 
 
-def make(directory: int, name: str) -> int:
+def make(directory: int, name: str, mode: int = UNEXECUTED) -> int:
     """A new FIFO in the supervisor's directory, under a name that nothing had before (SUFFIX is added), and our end of
-    it, which does not block.
-
-    In the container everybody may open it, as /dev/stdout; on the host its directory is root's alone.
-    """
+    it, which does not block."""
     os.mkfifo(name + SUFFIX, dir_fd=directory)
     end = reopen(directory, name)
-    os.fchmod(end, 0o666)
+    os.fchmod(end, mode)
     return end
+
+
+def is_unexecuted(directory: int, name: str) -> bool:
+    """Whether who prints into the FIFO has not executed its command."""
+    with contextlib.suppress(FileNotFoundError):
+        return bool(os.stat(name + SUFFIX, dir_fd=directory).st_mode & stat.S_ISVTX)
+    return False
 
 
 def reopen(directory: int, name: str) -> int:

@@ -112,7 +112,8 @@ class Quit(Message, frozen=True):
 class Life(msgspec.Struct, frozen=True, kw_only=True):
     """One start of a container. `start_time` is when it was made, in clock ticks since the boot: its process, which
     waited for it, may be older. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
-    `finished_at` is RFC 3339 in UTC. `starting`, of a list: it has not executed its command, and may fail to."""
+    `finished_at` is RFC 3339 in UTC. `starting`, of a list: it has not executed its command, and may fail to; or its
+    supervisor died before, and it has ended without."""
 
     id: int
     attempt: int
