@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from itertools import cycle, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lab.crashes import AT_START, STORIES, VICTIMS, FaultyServer, Lab, groups
+from lab import iscsi
+from lab.ceph import Cluster
+from lab.crashes import (
+    AT_START,
+    ON_A_HELPER,
+    STORIES,
+    VICTIMS,
+    WITH_HELPERS,
+    FaultyServer,
+    Lab,
+    groups,
+    sever,
+    start_again,
+)
 from lab.faults import Step
+from lab.images import small_image
+from lab.machine import Machine
+from lab.remote import on_rbd
 
 pytestmark = [
     pytest.mark.api,
@@ -18,13 +36,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def lab(run_dir: Path) -> Iterator[Lab]:
+@contextlib.contextmanager
+def _lab(server: FaultyServer, mount: dict[str, Any] | None = None) -> Iterator[Lab]:
     """A server that can be killed at any of its steps, with a container that must not notice."""
-    server = FaultyServer(run_dir)
     server.start()
     try:
-        lab = Lab(server)
+        lab = Lab(server, mount)
         yield lab
         lab.check_log()
     finally:
@@ -36,8 +53,47 @@ def lab(run_dir: Path) -> Iterator[Lab]:
         server.faults.close()
 
 
+@pytest.fixture
+def lab(run_dir: Path) -> Iterator[Lab]:
+    """One whose containers are on an image of this host."""
+    with _lab(FaultyServer(run_dir)) as lab:
+        yield lab
+
+
+@pytest.fixture
+def on_ceph(ceph: Cluster) -> dict[str, Any]:
+    """A mount of an image in a Ceph."""
+    ceph.import_image(str(small_image()), "crash")
+    return on_rbd(ceph, "crash")
+
+
+@pytest.fixture
+def on_iscsi(machine: Machine) -> Iterator[dict[str, Any]]:
+    """A mount of a disk of a target."""
+    target = iscsi.Server(str(machine.session.fast / "target"))
+    target.start()
+    target.add_disk(target.add_target(TARGET), 1, str(small_image()))
+    unit = {"initiator": INITIATOR, "target": TARGET, "host": target.host, "port": iscsi.PORT, "lun": 1, "ro": True}
+    attach = {"kind": "iscsi", "iscsi": unit}
+    yield {"kind": "attach", "attach": {"fs_type": "squashfs", "mount_options": ["ro"], "attach": attach}}
+    target.stop()
+
+
+@pytest.fixture(params=["on_ceph", "on_iscsi"])
+def lab_on_a_helper(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[Lab]:
+    """One whose containers are on an image that a storage daemon serves."""
+    server = FaultyServer(run_dir, "--rbd-backend", "daemon", "--iscsi-backend", "daemon")
+    mount = {"kind": "overlay", "overlay": {"lower": [request.getfixturevalue(request.param)]}}
+    with _lab(server, mount) as lab:
+        yield lab
+
+
+INITIATOR, TARGET = "iqn.2026-01.test:node", "iqn.2026-01.test:crash"
+
 EVERY = "IMAGEAPI_EVERY_CRASH" in os.environ
 """Each step in each story, however often it comes, with each victim: some 20 minutes."""
+FEW = 20
+"""Where a step takes long, every so many are tried."""
 
 
 def _faults(steps: list[Step], victims: Iterable[str], seen: set[str]) -> Iterator[tuple[Step, str]]:
@@ -58,8 +114,25 @@ def test_a_death_at_any_step_of_a_request_loses_nothing(lab: Lab) -> None:
             lab.interrupt(story, step, who)
 
 
+def test_a_start_that_is_cut_off_before_the_gate_is_open_has_not_been(lab: Lab) -> None:
+    """The container is as it was, with the exit code of its run before."""
+    assert lab.interrupt(start_again, Step("super write entries.save < container._open_gate", 1), "both")
+
+
 def test_a_death_at_any_step_of_a_start_loses_nothing(lab: Lab) -> None:
     steps = lab.steps_of_a_start()
     some = list(_faults(steps, cycle(AT_START), set()))[::6]
     for step, who in product(steps, AT_START) if EVERY else some:
         lab.interrupt_start(step, who)
+
+
+@pytest.mark.ceph
+def test_a_death_of_a_storage_helper_at_any_step_loses_nothing(lab_on_a_helper: Lab) -> None:
+    """Alone, and together with others; while it is replaced, too."""
+    seen: set[str] = set()
+    victims = cycle(WITH_HELPERS)
+    for story in (*ON_A_HELPER, *((sever,) if EVERY else ())):
+        steps = lab_on_a_helper.steps(story)
+        some = list(_faults(steps, victims, seen))[::FEW]
+        for step, who in product(steps, (*WITH_HELPERS, *VICTIMS)) if EVERY else some:
+            lab_on_a_helper.interrupt(story, step, who)

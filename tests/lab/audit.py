@@ -27,6 +27,7 @@ def differences(server: Server) -> list[str]:
         *_mounts(server.run_dir, records["mount"]),
         *_directories(server.run_dir, records["mount"]),
         *_loops(server.run_dir, records["attach"]),
+        *_helpers(server.run_dir, records["attach"]),
         *_lives(server.run_dir, records["container"]),
         *_strays(server.run_dir, records["container"]),
         *_groups(server.run_dir, records["container"]),
@@ -54,8 +55,9 @@ def _shown(server: Server, records: dict[str, dict[int, dict[str, Any]]]) -> Ite
 
 
 def _is_wrong(shown: dict[str, Any]) -> bool:
-    """Whether an object has a problem that is not only that its command has failed."""
-    return "problem" in shown and shown.get("state") != "dead"
+    """Whether an object has a problem that is not only that its command has failed, or that squashfs keeps what it met
+    while there was no storage helper."""
+    return "problem" in shown and shown.get("state") != "dead" and "keeps errors that it met" not in shown["problem"]
 
 
 def _mounts(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
@@ -86,6 +88,29 @@ def _backed() -> Iterator[tuple[str, str]]:
     for node in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
             yield f"/dev/{node.parts[3]}", node.read_text().rstrip()
+
+
+def _helpers(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """Storage daemons, their directories, and what they have mounted."""
+    served = {f"attach-{key}": record["facts"]["helper"] for key, record in records.items() if _helped(record)}
+    links = {path.parent.name: os.readlink(path) for path in run_dir.glob("helpers/*/daemon")}
+    directories = {path.name for path in run_dir.glob("helpers/*")}
+    yield from _differ("export of", set(served), set(links))
+    yield from _differ("helper's directory", {*served, *map(os.path.basename, links.values())}, directories)
+    mounted = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    exports = [path.split("/")[-2] for path in mounted if path.startswith(f"{run_dir}/helpers/")]
+    yield from _differ("mounted export of", set(served), set(exports))
+    yield from _differ("storage daemon", {pid for pid, _ in served.values()}, storage_daemons(run_dir))
+
+
+def _helped(record: dict[str, Any]) -> bool:
+    return record["facts"].get("helper") is not None
+
+
+def storage_daemons(run_dir: Path) -> set[int]:
+    """The processes that serve images to the server of a run directory."""
+    helpers = (one for one in processes().values() if one.name == "qemu-storage-da")
+    return {one.pid for one in helpers if f"{run_dir}/" in one.command}
 
 
 def _lives(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ once for each of them with a fault at it. What was answered must be so; what was
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,14 +17,20 @@ from typing import Any
 import httpx
 
 from lab import audit
-from lab.faults import ITSELF, VARIABLE, Faults, Step
-from lab.server import FOREVER, Server, alive, box, eventually
+from lab.faults import HELPERS, ITSELF, VARIABLE, Faults, Step
+from lab.server import FOREVER, Server, alive, eventually, writable
 
 ROOT = Path(__file__).parents[2]
-COUNTING = "/bin/sh -c 'i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done'"
-"""Prints consecutive numbers, and is never stopped."""
+COUNTING = (
+    "/bin/sh -c 'cp /bin/busybox /busybox; "
+    'exec /busybox sh -c "i=0; while true; do echo line \\$i; i=\\$((i+1)); /busybox sleep 0.02; done"\''
+)
+"""Prints consecutive numbers, and is never stopped. Once it has begun, it needs nothing of its image: what it executes
+is in memory, in the overlay's upper directory."""
 CODES = {"/bin/true": 0, "/bin/false": 1}
 """The exit codes of what ends by itself."""
+NOT_EXECUTED = 127
+"""The exit code of a first process that has not come to execute its command: none of these ever has it."""
 MISSING = "/bin/nothing"
 OBEDIENT = """/bin/sh -c 'trap "exit 0" TERM; trap "exit 3" USR1; echo ready; while true; do sleep 0.005; done'"""
 """Ends when it is asked to."""
@@ -57,8 +64,9 @@ class FaultyServer(Server):
             "zygote": lambda: [self.zygote],
             "both": lambda: [self.pid, self.supervisor],
             "all": lambda: [self.pid, self.supervisor, self.zygote, ITSELF],
+            "helper": lambda: [HELPERS, *sorted(audit.storage_daemons(self.run_dir))],
         }
-        return found[who]()
+        return [pid for one in who.split(" and ") for pid in found[one]()]
 
     def start_in_vain(self, step: Step, who: str) -> None:
         """Start it with a fault at one of the steps before it answers; it may get over it."""
@@ -98,6 +106,8 @@ class FaultyServer(Server):
 
 
 VICTIMS = ("itself", "server", "supervisor", "zygote", "both", "all")
+WITH_HELPERS = ("helper", "helper and itself", "helper and server", "helper and supervisor", "helper and both")
+"""What dies where a storage daemon serves the image."""
 AT_START = ("itself", "supervisor", "both")
 Story = Callable[["Book"], Callable[[], object]]
 """Sets the scene, and returns what is told with a fault in it."""
@@ -109,14 +119,22 @@ class Interrupted(Exception):
 
 class Book:
     """What a client knows of its containers: those that were answered, and those it cannot know of. Their names begin
-    with `prefix`."""
+    with `prefix`; they are on a `mount` of the small image, unless told."""
 
-    def __init__(self, server: FaultyServer, prefix: str = "", http: httpx.Client | None = None) -> None:
+    def __init__(
+        self,
+        server: FaultyServer,
+        prefix: str = "",
+        http: httpx.Client | None = None,
+        mount: dict[str, Any] | None = None,
+    ) -> None:
         self.server = server
         self.prefix = prefix
+        self.mount = mount or writable()
         self._http = http
         self.known: dict[str, dict[str, Any]] = {}
         self.unsure: set[str] = set()
+        self._before_start: dict[str, dict[str, Any]] = {}
         self.used: dict[str, int] = {"container": -1, "mount": -1, "attach": -1}
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
@@ -137,7 +155,8 @@ class Book:
 
     def create(self, name: str, command: str = FOREVER, state: str = "running", **more: Any) -> Any:
         self.unsure.add(name)
-        made = self.ask("POST", "/container", box(command, name=name, state=state) | more)
+        wanted = {"name": name, "mount": self.mount, "command": command, "state": state, **more}
+        made = self.ask("POST", "/container", wanted)
         self.unsure.discard(name)
         assert ("id" in made) == (command != MISSING or state == "created"), made
         if "id" in made:
@@ -154,6 +173,8 @@ class Book:
         """Have something done to a container; a refusal is an answer, too. Until there is one nobody knows."""
         self.unsure.add(name)
         known = self.known.pop(name)
+        if suffix == "/running":
+            self._before_start[name] = known
         found = self.ask(method, f"/container/byname/{name}{suffix}")
         if method != "DELETE" or "code" in found:
             self.known[name] = self.ask("GET", f"/container/byname/{name}")
@@ -170,12 +191,17 @@ class Book:
         assert set(shown) <= {*self.known, *self.unsure}, shown
         for name in self.unsure & set(shown):
             self.known[name] = shown[name]
+            if before := self._before_start.get(name):
+                _check_start(before, shown[name])
         self.unsure.clear()
+        self._before_start.clear()
 
 
 def _check_same(known: dict[str, Any], now: dict[str, Any]) -> None:
     same = ("id", "name", "command", "logfile", "created_at")
     assert [known[key] for key in same] == [now[key] for key in same], (known, now)
+    if _missed_its_image(now):
+        return
     if now["state"] in ("exited", "dead") and known["command"] in CODES:
         assert now["exit_code"] in (CODES[known["command"]], None), (known, now)
     elif known["state"] == "running":
@@ -183,6 +209,24 @@ def _check_same(known: dict[str, Any], now: dict[str, Any]) -> None:
         assert known["command"] in CODES or alive(now["pid"]), f"{now} is said to run, and does not"
     elif known["state"] in ("exited", "dead"):
         assert (now["state"], now["exit_code"]) == (known["state"], known["exit_code"]), (known, now)
+
+
+def _missed_its_image(now: dict[str, Any]) -> bool:
+    """Whether it has ended over a page of its image, when that had no storage helper. (One that had by the time of the
+    look does not say so.)"""
+    return now["state"] == "dead" and (
+        now["exit_code"] == 128 + signal.SIGBUS or "its image could not be read" in now["problem"]
+    )
+
+
+def _check_start(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A start without an answer has come to something, has failed for a reason, or has not been."""
+    told = ("state", "exit_code", "started_at", "finished_at", "problem")
+    undone = all(before.get(key) == now.get(key) for key in told)
+    failed = "could not be started" in now.get("problem", "")
+    killed = now["exit_code"] == 128 + signal.SIGKILL  # in the moment of its exec
+    assert undone or failed or killed or now["started_at"] != before["started_at"], (before, now)
+    assert now["exit_code"] != NOT_EXECUTED, now
 
 
 # ------------------------------------------------------------------------------------------------------- stories
@@ -204,6 +248,12 @@ def start(book: Book) -> Callable[[], object]:
 def start_in_vain(book: Book) -> Callable[[], object]:
     book.create("begun", MISSING, "created")
     return lambda: book.change("GET", "begun", "/running")
+
+
+def start_again(book: Book) -> Callable[[], object]:
+    """How it ended before is not forgotten until it has begun again."""
+    end(book)()
+    return lambda: book.change("GET", "ended", "/running")
 
 
 def stop(book: Book) -> Callable[[], object]:
@@ -249,7 +299,62 @@ def groups(book: Book) -> Callable[[], object]:
     return tell
 
 
-STORIES = (create, create_in_vain, start, start_in_vain, stop, end, delete, delete_by_force, groups)
+def collect(book: Book) -> Callable[[], object]:
+    """A mount of several layers goes, and with it all that only it needed."""
+    made = book.ask("POST", "/mount", book.mount)
+    return lambda: book.ask("DELETE", f"/mount/{made['id']}")
+
+
+def mend(book: Book) -> Callable[[], object]:
+    """A storage helper is replaced under those that it served."""
+    book.create("served")
+
+    def tell() -> None:
+        dead = kill_helpers(book.server)
+        eventually(lambda: book.ask("GET", "/attach") and not dead & helpers_noted(book.server), "all is mended")
+
+    return tell
+
+
+def sever(book: Book) -> Callable[[], object]:
+    """What stands on a storage helper that hangs is cut off from it, and goes."""
+    book.create("gone")
+    return lambda: _delete_beside(book, "gone")
+
+
+def _delete_beside(book: Book, name: str) -> None:
+    stopped = audit.storage_daemons(book.server.run_dir)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        book.change("DELETE", name, "?force=true")
+    finally:
+        for pid in stopped & audit.storage_daemons(book.server.run_dir):
+            os.kill(pid, signal.SIGCONT)
+
+
+def kill_helpers(server: Server) -> set[int]:
+    """SIGKILL for all storage daemons of a server; who they were."""
+    found = audit.storage_daemons(server.run_dir)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def helpers_noted(server: Server) -> set[int]:
+    """The storage daemons that the records name."""
+    files = (server.run_dir / "state/attach").glob("*.json")
+    helpers = (json.loads(file.read_text())["facts"].get("helper") for file in files)
+    return {helper[0] for helper in helpers if helper}
+
+
+STORIES = (
+    *(create, create_in_vain, start, start_again, start_in_vain, stop, end, delete, delete_by_force, collect),
+    groups,
+)
+ON_A_HELPER = (create, start, stop, delete, delete_by_force, collect, mend)
+"""What is done to containers whose image a storage daemon serves."""
 
 
 def _make_obedient(book: Book, name: str) -> Any:
@@ -269,11 +374,11 @@ def _await_end(book: Book, name: str) -> None:
 
 
 class Lab:
-    """A server that goes through stories, with a container that must not notice any of it."""
+    """A server that goes through stories, with a container that must not notice any of it; all are on `mount`."""
 
-    def __init__(self, server: FaultyServer) -> None:
+    def __init__(self, server: FaultyServer, mount: dict[str, Any] | None = None) -> None:
         self.server = server
-        self.book = Book(server)
+        self.book = Book(server, mount=mount)
         self.witness = self.book.create("witness", COUNTING)
 
     def steps(self, story: Story) -> list[Step]:
@@ -287,22 +392,24 @@ class Lab:
         self.clear()
         return found
 
-    def interrupt(self, story: Story, step: Step, who: str) -> None:
-        """Tell a story with a fault, and see that nothing is lost and nothing left."""
+    def interrupt(self, story: Story, step: Step, who: str) -> bool:
+        """Tell a story with a fault, and see that nothing is lost and nothing left. Whether the step has come."""
         with _located(f"{story.__name__}: {who} killed at {step}"):
-            self._break(story, step, who)
+            came = self._break(story, step, who)
             self.server.revive()
             self.check()
             self.clear()
+        return came
 
-    def _break(self, story: Story, step: Step, who: str) -> None:
+    def _break(self, story: Story, step: Step, who: str) -> bool:
         tell = story(self.book)
         self._settle()
         self.server.faults.arm(step, self.server.victims(who))
         with contextlib.suppress(Interrupted):
             tell()
-        if not self.server.faults.disarm():
+        if not (came := self.server.faults.disarm()):
             self._settle()
+        return came
 
     def steps_of_a_start(self) -> list[Step]:
         """The steps of a server that finds what another has left in the middle of its work."""
@@ -341,6 +448,7 @@ class Lab:
 
     def clear(self) -> None:
         """All but the witness goes."""
+        drop_mounts(self.server)
         for name in [*self.book.known]:
             if name != "witness":
                 self.book.change("DELETE", name, "?force=true")
@@ -348,6 +456,21 @@ class Lab:
 
     def check_log(self) -> None:
         check_counted(self.witness)
+
+
+def drop_mounts(server: FaultyServer) -> None:
+    """Delete the mounts of their own whose answer, or whose delete's, no client has heard. (What is below another is
+    not deleted: that is refused.)"""
+    held = {key for one in server.get("/container") for key in _mounts_below(one["mount"])}
+    for mount in server.get("/mount"):
+        if mount["id"] not in held and mount["refs"] == 1:
+            server.http.delete(f"/mount/{mount['id']}")
+
+
+def _mounts_below(mount: dict[str, Any]) -> Iterator[int]:
+    yield mount["id"]
+    for lower in mount.get("overlay", {}).get("lower", ()):
+        yield from _mounts_below(lower)
 
 
 def check_clean(server: Server) -> None:

@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 
 VARIABLE = "IMAGEAPI_TEST_FAULTS"
 """Where the shared page is."""
-ITSELF = 0
-"""Among the victims: the process whose step it is."""
+ITSELF, HELPERS = 0, -2
+"""Among the victims: the process whose step it is; and all storage daemons that there are when it comes."""
 _HEAD = struct.Struct("=BBi8i96s")
 """Whether steps are written down (1) or one is awaited (2); whether it has come; how often it must come; victims; and
 its name."""
 _RECORDING, _ARMED = 1, 2
+_NOBODY = -1
 _PAGES, _PAGE = 64, 1 << 16
 """What is written down: a page for each process, found by its number, so that none waits for another."""
 _SIZE = _PAGE * (_PAGES + 1)
@@ -79,7 +80,7 @@ class Faults:
 
     def arm(self, step: Step, victims: Sequence[int]) -> None:
         """Kill the victims, ITSELF last, when this step has been done."""
-        pids = [*victims, *[-1] * 8][:8]
+        pids = [*victims, *[_NOBODY] * 8][:8]
         self._memory[: _HEAD.size] = _HEAD.pack(_ARMED, 0, step.time, *pids, step.name.encode())
 
     def close(self) -> None:
@@ -137,11 +138,12 @@ class _Hook:
             self._memory[2:6] = (times - 1).to_bytes(4, sys.byteorder)
             return
         self._memory[0:2] = bytes([0, 1])
-        _kill([victim for victim in victims if victim >= 0])
+        _kill({victim for victim in victims if victim != _NOBODY})
 
 
-def _kill(victims: Sequence[int]) -> None:
-    for pid in sorted(set(victims) - {ITSELF, os.getpid()}):
+def _kill(victims: set[int]) -> None:
+    helpers = _helpers() if HELPERS in victims else set()
+    for pid in sorted((victims | helpers) - {ITSELF, HELPERS, os.getpid()}):
         with contextlib.suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
@@ -151,6 +153,22 @@ def _kill(victims: Sequence[int]) -> None:
             os.close(descriptor)
     if ITSELF in victims or os.getpid() in victims:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _helpers() -> set[int]:
+    """The storage daemons of the server, as who is in the host's mount namespace sees them."""
+    found = set()
+    for file in Path(os.environ[VARIABLE]).parent.glob("helpers/*/pid"):
+        with contextlib.suppress(OSError, ValueError):
+            found.add(int(file.read_text()))
+    return {pid for pid in found if is_helper(pid)}
+
+
+def is_helper(pid: int) -> bool:
+    """Whether it is, by now, a storage daemon."""
+    with contextlib.suppress(OSError):
+        return b"qemu-storage-daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _doer(frame: FrameType | None) -> str:

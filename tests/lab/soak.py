@@ -13,7 +13,6 @@ import random
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -29,11 +28,14 @@ from lab.crashes import (
     COUNTING,
     OBEDIENT,
     VICTIMS,
+    WITH_HELPERS,
     Book,
     FaultyServer,
     Interrupted,
     check_clean,
     check_counted,
+    drop_mounts,
+    kill_helpers,
 )
 from lab.faults import Step
 from lab.images import small_image
@@ -108,7 +110,7 @@ class Soak:
 
     def __init__(self, run_dir: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) -> None:
         self.seed = seed = chosen.seed
-        self.kills_helpers = chosen.kill_helpers and len(mounts) > 1
+        self.victims = VICTIMS if chosen.spare_helpers or len(mounts) == 1 else (*VICTIMS, *WITH_HELPERS)
         self.random = random.Random(seed)
         self.mounts = mounts
         self.server = FaultyServer(run_dir)
@@ -129,7 +131,7 @@ class Soak:
 
     def round(self) -> None:
         """A fault with the clients at work, and a look at what has come of it."""
-        kinds = {"step": 8, "moment": 3, "restart": 2, "upgrade": 2, "helper": 2 * self.kills_helpers}
+        kinds = {"step": 8, "moment": 3, "restart": 2, "upgrade": 2, "helper": 2 * ("helper" in self.victims)}
         kind = self.random.choices([*kinds], [*kinds.values()])[0]
         self.work.set()
         try:
@@ -151,7 +153,7 @@ class Soak:
             self.server.faults.record()
             time.sleep(2)
             self._steps = sorted({*self._steps, *(step.name for step in self.server.faults.recorded())})
-        who = self.random.choice(VICTIMS)
+        who = self.random.choice(self.victims)
         step = Step(self.random.choice(self._steps), self.random.choice((1, 1, 2, 3)))
         self.server.faults.arm(step, self.server.victims(who))
         end = time.monotonic() + FAULT_IN
@@ -186,8 +188,7 @@ class Soak:
     def _helper(self) -> str:
         """Kill a storage daemon. What a container then reads is its own business."""
         time.sleep(self.random.uniform(0, 0.4))
-        for pid in _daemons(self.server.run_dir):
-            os.kill(pid, signal.SIGKILL)
+        kill_helpers(self.server)
         return "storage daemon"
 
     def check(self) -> None:
@@ -200,19 +201,12 @@ class Soak:
         for book in books:
             book.check([one for one in shown if one["name"].startswith(book.prefix)])
         assert sum(len(book.known) for book in books) == len(shown), shown
-        self._drop_unknown_mounts()
+        drop_mounts(self.server)
         check_clean(self.server)
         for known in self.witnesses.known.values():
             check_counted(known)
         self.checked["looks"] += 1
         self.checked["containers"] += len(shown)
-
-    def _drop_unknown_mounts(self) -> None:
-        """Mounts of their own whose answer, or whose delete's, no client has heard."""
-        held = {key for one in self.server.get("/container") for key in _mounts_below(one["mount"])}
-        for mount in self.server.get("/mount"):
-            if mount["id"] not in held and mount["refs"] == 1:
-                self.server.http.delete(f"/mount/{mount['id']}")
 
     def end(self) -> None:
         """All goes, and leaves nothing."""
@@ -242,17 +236,6 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 
-def _mounts_below(mount: dict[str, Any]) -> Iterator[int]:
-    yield mount["id"]
-    for lower in mount.get("overlay", {}).get("lower", ()):
-        yield from _mounts_below(lower)
-
-
-def _daemons(run_dir: Path) -> list[int]:
-    found = subprocess.run(["pgrep", "-f", f"qemu-storage-daemon.*{run_dir}"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
 def _overlay(lower: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "overlay", "overlay": {"lower": [lower]}}
 
@@ -276,7 +259,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--no-ceph", action="store_true", help="loop images alone, which takes no Ceph")
-    parser.add_argument("--kill-helpers", action="store_true", help="kill the storage daemons of Ceph images, too")
+    parser.add_argument("--spare-helpers", action="store_true", help="kill no storage daemon of Ceph images")
     chosen = parser.parse_args()
     machine = Machine(test_session.begin())
     before = machine.look()
