@@ -80,7 +80,7 @@ def on_iscsi(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(params=["on_ceph", "on_iscsi"])
-def lab_on_a_helper(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[Lab]:
+def lab_on_a_helper(request: pytest.FixtureRequest, run_dir: Path, ceph: Cluster) -> Iterator[Lab]:
     """One whose containers are on an image that a storage daemon serves."""
     server = FaultyServer(run_dir, "--rbd-backend", "daemon", "--iscsi-backend", "daemon")
     mount = {"kind": "overlay", "overlay": {"lower": [request.getfixturevalue(request.param)]}}

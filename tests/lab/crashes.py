@@ -173,13 +173,14 @@ class Book:
         """Have something done to a container; a refusal is an answer, too. Until there is one nobody knows."""
         self.unsure.add(name)
         known = self.known.pop(name)
-        if suffix == "/running":
+        if suffix == "/running" and known["state"] != "running":
             self._before_start[name] = known
         found = self.ask(method, f"/container/byname/{name}{suffix}")
         if method != "DELETE" or "code" in found:
             self.known[name] = self.ask("GET", f"/container/byname/{name}")
             assert self.known[name]["id"] == known["id"]
         self.unsure.discard(name)
+        self._before_start.pop(name, None)
         return found
 
     def check(self, found: list[dict[str, Any]]) -> None:
@@ -221,8 +222,9 @@ def _missed_its_image(now: dict[str, Any]) -> bool:
 
 def _check_start(before: dict[str, Any], now: dict[str, Any]) -> None:
     """A start without an answer has come to something, has failed for a reason, or has not been."""
-    told = ("state", "exit_code", "started_at", "finished_at", "problem")
-    undone = all(before.get(key) == now.get(key) for key in told)
+    told = ("state", "exit_code", "started_at", "finished_at")
+    same = before.get("problem") == now.get("problem") or "which it needs" in now.get("problem", "")
+    undone = same and all(before[key] == now[key] for key in told)
     failed = "could not be started" in now.get("problem", "")
     killed = now["exit_code"] == 128 + signal.SIGKILL  # in the moment of its exec
     assert undone or failed or killed or now["started_at"] != before["started_at"], (before, now)

@@ -27,8 +27,8 @@ from imageapi.records import AnyRecord, Key, Phase
 from imageapi.spec import Container, Object
 
 HELPER_ENDED = (
-    "the storage helper of the image ended twice while this was made, as it does when the kernel kills it since no "
-    "memory is left: see dmesg, and ask again"
+    "its storage helper has ended, and it was tried twice: see whether the kernel killed that since no memory was left "
+    "(dmesg), and ask again"
 )
 
 
@@ -68,7 +68,7 @@ class Applier:
         try:
             return await self._create(thing)
         except _Bereft as again:
-            raise Exhausted(HELPER_ENDED, **again.problem.fields) from again
+            raise _explained(again.problem) from again
 
     async def _create(self, thing: Object) -> AnyRecord:
         """Raises: errors.Problem; _Bereft."""
@@ -144,6 +144,13 @@ class _Bereft(Exception):
         super().__init__(problem.message)
         self.of = of
         self.problem = problem
+
+
+def _explained(problem: Problem) -> Problem:
+    """What to say of a create that has met the same twice; a conflict says what is wrong with the image itself."""
+    if isinstance(problem, Conflict):
+        return problem
+    return Exhausted(f"{problem.message}; {HELPER_ENDED}", **problem.fields)
 
 
 class _Making:

@@ -115,11 +115,12 @@ class Auditor:
         yield from ((record.key, wrong.problem) for record, wrong in standing)
 
     def _standing(self, found: Finding) -> AnyRecord | None:
-        """The record, unless something is, or was, done to the object by ourselves since it was looked at."""
+        """The record, unless something is, or was, done to the object by ourselves since it was looked at, or it is to
+        be mended, of which the mender speaks."""
         record = self._graph.find(found.key)
         if record is None or record.token != found.token or record.phase is not Phase.LIVE:
             return None
-        return None if self._jobs.under_way(found.key) else record
+        return None if self._jobs.under_way(found.key) or self._mender.is_lost(record) else record
 
     def _users(self, record: AnyRecord) -> list[AnyRecord]:
         """All that stands on the object, all the way up."""

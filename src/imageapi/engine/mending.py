@@ -115,10 +115,10 @@ class Mender:
         """The stores of those, among the objects and all below them, whose helper has ended, and which are not as
         before yet; names, that is."""
         below = {one.key: one for one in self._below(records)}
-        return {self._jobs.store(one) for one in below.values() if self._is_lost(one)}
+        return {self._jobs.store(one) for one in below.values() if self.is_lost(one)}
 
-    def _is_lost(self, record: AnyRecord) -> bool:
-        """It may be found here before its end has been told."""
+    def is_lost(self, record: AnyRecord) -> bool:
+        """Whether the object has lost its helper, which may be found here before its end has been told."""
         helper = record.facts.helper
         if helper is None:
             return False

@@ -64,9 +64,9 @@ class Reconciler:
         with contextlib.suppress(OSError):
             self._ledger.write_counters()  # over these it takes no room
         await self._containers.connect()
-        looked = await self._auditor.look(watch, PATIENCE)
         for record in self._graph.all("attach"):
             self._mender.watch(record)
+        looked = await self._auditor.look(watch, PATIENCE)
         await asyncio.wait({self._tasks.linger(self._collect())}, timeout=PATIENCE)
         await self._sweep()
         return looked
