@@ -12,19 +12,9 @@ from typing import Any
 import pytest
 
 from lab import iscsi
+from lab.book import AT_START, VICTIMS, WITH_HELPERS, FaultyServer
 from lab.ceph import Cluster
-from lab.crashes import (
-    AT_START,
-    ON_A_HELPER,
-    STORIES,
-    VICTIMS,
-    WITH_HELPERS,
-    FaultyServer,
-    Lab,
-    groups,
-    sever,
-    start_again,
-)
+from lab.crashes import ON_A_HELPER, STORIES, Lab, groups, sever, start_again
 from lab.faults import Step
 from lab.images import small_image
 from lab.machine import Machine

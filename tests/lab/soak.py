@@ -23,20 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import session as test_session
+from lab.book import COUNTING, OBEDIENT, VICTIMS, WITH_HELPERS, Book, FaultyServer, Interrupted
 from lab.ceph import Cluster
-from lab.crashes import (
-    COUNTING,
-    OBEDIENT,
-    VICTIMS,
-    WITH_HELPERS,
-    Book,
-    FaultyServer,
-    Interrupted,
-    check_clean,
-    check_counted,
-    drop_mounts,
-    kill_helpers,
-)
+from lab.crashes import check_clean, check_counted, drop_mounts, kill_helpers
 from lab.faults import Step
 from lab.images import small_image
 from lab.machine import Machine
