@@ -82,7 +82,7 @@ INITIATOR, TARGET = "iqn.2026-01.test:node", "iqn.2026-01.test:crash"
 
 EVERY = "IMAGEAPI_EVERY_CRASH" in os.environ
 """Each step in each story, however often it comes, with each victim: some 20 minutes."""
-FEW = 20
+FEW = 30
 """Where a step takes long, every so many are tried."""
 
 
