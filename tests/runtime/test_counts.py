@@ -31,7 +31,7 @@ def test_a_start_is_few_calls(supervised: Supervised, tmp_path: Path) -> None:
         assert started.pid == child
     waited = calls(record, child)
     between = waited[waited.index("recvmsg") :]
-    assert between.index("execve") <= 36, between  # 34
+    assert between.index("execve") <= 38, between  # 37
     ours = calls(record, supervised.pid)
     assert ours.index("sendto") <= 8, f"the gate is opened late: {ours}"  # 7
     assert len(list(takewhile("mknodat".__ne__, ours))) <= 27, (
