@@ -148,7 +148,7 @@ def _strays(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
     known = {_namespace(pid) for record in records.values() if (pid := record["run"].get("pid"))}
     for pid in processes():
         namespace = _namespace(pid)
-        if namespace not in (None, _namespace(os.getpid()), *known) and f"{run_dir}/" in _mountinfo(pid):
+        if namespace not in (None, _namespace(os.getpid()), *known) and f"{run_dir}/" in _root(pid):
             yield f"process {pid} is no container's"
 
 
@@ -171,7 +171,10 @@ def _namespace(pid: int) -> str | None:
     return None
 
 
-def _mountinfo(pid: int) -> str:
+def _root(pid: int) -> str:
+    """What is mounted at the root of a process. Its other mounts tell nothing: a container of another server is in this
+    host's mount namespace while it takes its root, and may hang there."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/mountinfo").read_text()
+        lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+        return next((line for line in reversed(lines) if line.split()[4] == "/"), "")
     return ""
