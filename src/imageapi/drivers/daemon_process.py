@@ -84,7 +84,8 @@ class Daemon:
     def ensure_answering(self, member: str, deadline: Deadline) -> None:
         """Start it, unless it runs. One that hangs is replaced, if that costs none but `member` anything.
 
-        Raises: errors.TimedOut when it hangs and others need it; errors.Problem when it cannot be started.
+        Raises: errors.TimedOut when it hangs and others need it; errors.Problem when it cannot be started, and
+        ConnectionError when it was killed meanwhile.
         """
         if self.hangs(deadline):
             if self.serves_others(member):
@@ -209,13 +210,10 @@ class Daemon:
             os.close(pidfd)
 
 
-def _not_started(status: int, words: str) -> Problem:
+def _not_started(status: int, words: str) -> Exception:
     """Why the program ended instead of beginning its work, in its own words where it had time for them."""
-    if status == _KILLED or not words:  # what it leaves behind as a daemon is waited for, and may be killed as well
-        return errors.Exhausted(
-            f"{PROGRAM} was killed while it started, as the kernel does when no memory is left: see dmesg",
-            step="start the storage daemon",
-        )
+    if status == _KILLED or not words:  # it waits for the daemon that it leaves behind, which may be killed as well
+        return ConnectionAbortedError(f"{PROGRAM} was killed while it started")
     return errors.exhausted(words, f"starting {PROGRAM}") or Problem(
         f"{PROGRAM} did not start: {words}", step="start the storage daemon"
     )

@@ -92,8 +92,8 @@ def observed(site: Site, key: Key, device: str | None) -> Facts | None:
 def ended(words: str = "") -> Exhausted:
     """The answer where a daemon has ended over what it was asked for, and so has the next, or none could be tried."""
     return Exhausted(
-        "the storage daemon ended while it had the image open, as it does when the kernel kills it since no memory is "
-        "left: see dmesg, and ask again",
+        f"{storage_daemon.PROGRAM}, which opens the image, was ended, as the kernel does when no memory is left: see "
+        "dmesg, and ask again",
         step="attach or detach the image",
         detail=words,
     )
