@@ -56,6 +56,8 @@ def _attach(site: Site, key: Key, source: Source, deadline: Deadline, *, schedul
         with _while_it_lives(site, key), storage_daemon.cut_off_when_late(site, key, deadline.left()):
             device = export_loop.attach(site, key, read_only=source.read_only, partitions=partitions)
         block.set_scheduler(device, scheduler)
+        if storage_daemon.helper(site, key) is None:
+            raise ConnectionResetError("the daemon ended when all was made")
         undo.pop_all()
     return device
 
