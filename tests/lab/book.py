@@ -167,7 +167,7 @@ class Book:
         """Have something done to a container; a refusal is an answer, too. Until there is one nobody knows."""
         self.unsure.add(name)
         known = self.known.pop(name)
-        if suffix == "/running" and known["state"] != "running":
+        if suffix == "/running" and known["state"] not in ("running", "stopping"):
             self._before_start[name] = known
         found = self.ask(method, f"/container/byname/{name}{suffix}")
         if method != "DELETE" or "code" in found:
