@@ -1,24 +1,21 @@
 """The images that the demo boots and the tests mount, made once and kept in the user's cache.
 
-Each is a recipe: a name, what it is made from, and a function that fills a tree. The file's name ends in a hash of the
-recipe, so that another recipe is another file; it appears in its place whole or not at all.
+Each is a recipe: a name, what it is made from, and a function that fills a tree.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import platform
 import re
 import shutil
 import struct
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
+
+from tools import cache
 
 Format = Literal["squashfs", "erofs", "ext4"]
 
@@ -57,11 +54,6 @@ EM_VAX = 75
 """elf(5): a machine that no kernel of today runs and no emulator registers itself for."""
 
 
-def cache_directory() -> Path:
-    """Where finished images are: they are kept between runs, and may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imageapi"
-
-
 def systemd_image() -> Path:
     """A small Debian with systemd, as squashfs (zstd, 128 KiB blocks): the release and the archive of this machine.
 
@@ -82,29 +74,9 @@ def small_image(format: Format = "squashfs") -> Path:
     return cached(f"small-{format}", format, made_of, lambda image: _pack_tree(image, _fill_small, format))
 
 
-# ---------------------------------------------------------------------------------------------- the cache
-
-
 def cached(name: str, suffix: str, made_of: str, make: Callable[[Path], None]) -> Path:
-    """The image of this recipe, made if it is not there; `make` gets the path of the file or directory it shall make,
-    beside which it may leave others. Of two who want it at once the second waits for the first.
-    """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + f"{made_of} {platform.machine()}".encode()).hexdigest()
-    image = cache_directory() / f"{name}-{recipe[:12]}.{suffix}"
-    with _lock(cache_directory() / f"{name}.lock"):
-        if not image.exists():
-            with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="making-") as scratch:
-                make(unfinished := Path(scratch) / image.name)
-                unfinished.rename(image)
-    return image
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """The image of this recipe (`cache.made_once`), of which this file is a part."""
+    return cache.made_once(name, suffix, hashlib.sha256(Path(__file__).read_bytes()).hexdigest() + made_of, make)
 
 
 # ---------------------------------------------------------------------------------------------- packing

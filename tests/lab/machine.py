@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from lab.processes import Process, processes
 from lab.session import CLAIM, PREFIX, USUAL, Session, neighbours
-from tools.images import cache_directory
+from tools import cache
 
 DEADLINE = 5.0
 """Seconds that the kernel and ending processes have to finish what goes on after the test."""
@@ -94,7 +94,7 @@ class Machine:
 
     def _is_foreign(self, text: str) -> bool:
         """Whether it is another run's, or of an image that is being built."""
-        return self.session.concerns_a_neighbour(text) or str(cache_directory()) in text
+        return self.session.concerns_a_neighbour(text) or str(cache.directory()) in text
 
     def _cgroups(self) -> Iterator[Trace]:
         others = [instance for place in neighbours(self.session) for instance in _instances(place)]
@@ -172,9 +172,12 @@ def _process_of(trace: Trace) -> Process | None:
 
 
 def _descriptors() -> Iterator[Trace]:
+    """All but those that keep an image from being removed, until the process ends."""
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one that lists them
-            yield Trace("descriptor", f"{number} of the test process: {os.readlink(f'/proc/self/fd/{number}')}")
+            target = os.readlink(f"/proc/self/fd/{number}")
+            if not target.endswith(cache.NOTE):
+                yield Trace("descriptor", f"{number} of the test process: {target}")
 
 
 def _groups() -> Iterator[str]:
