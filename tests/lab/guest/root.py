@@ -6,8 +6,10 @@ read only for the guest: what it writes goes to its memory, so a saved state nee
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -23,8 +25,15 @@ OWN = HERE / "root"
 """What of the guest's files is our own."""
 CHECKOUT = Path(__file__).parents[3]
 
-KERNELS = ("linux-image-6.12-amd64", "linux-image-amd64")
-"""The first that there is. The cloud flavours lack 9p."""
+KERNELS = {
+    "6.12": ("linux-image-6.12-amd64", "linux-image-amd64"),
+    "6.1": ("linux-image-6.1-amd64", "linux-image-amd64"),
+}
+"""The kernels that a guest can have, and the packages that stand for each: the first that apt knows is taken, if it is
+of that version. The cloud flavours lack 9p."""
+
+KERNEL = os.environ.get("IMAGEAPI_GUEST_KERNEL", "6.12")
+"""What guests have unless a test asks for another."""
 
 PACKAGES = (
     *("busybox-static", "kmod", "iproute2", "keyutils", "mount", "procps", "python3", "socat", "strace", "util-linux"),
@@ -116,24 +125,25 @@ class Root(NamedTuple):
         return (self.directory / "release").read_text()
 
 
-def root() -> Root:
-    """The kernel and the root, made on first use: a minute.
+def root(version: str = KERNEL) -> Root:
+    """The kernel and the root, made on first use: a minute. `version` is one of KERNELS.
 
-    Raises: subprocess.CalledProcessError; OSError.
+    Raises: LookupError, when apt has no such kernel; subprocess.CalledProcessError; OSError.
     """
     recipe = hashlib.sha256()
     for path in (HERE / "root.py", HERE / "agent.py", *sorted(OWN.iterdir()), CHECKOUT / "requirements-dev.lock"):
         recipe.update(path.read_bytes())
-    return Root(images.cached("guest-root", "d", f"{recipe.hexdigest()} {images.suite()}", _make))
+    made_of = f"{recipe.hexdigest()} {images.suite()} {version}"
+    return Root(images.cached("guest-root", "d", made_of, functools.partial(_make, version)))
 
 
-def _make(directory: Path) -> None:
+def _make(version: str, directory: Path) -> None:
     directory.mkdir()
     scratch = directory.parent / "scratch"
     scratch.mkdir()
     tree, kernel = scratch / "tree", scratch / "kernel"
     images.run(*_mmdebstrap(tree))
-    _unpack_kernel(kernel)
+    _unpack_kernel(version, kernel)
     release = next((kernel / "lib/modules").iterdir()).name
     shutil.copy(kernel / f"boot/vmlinuz-{release}", directory / "vmlinuz")
     (directory / "release").write_text(release)
@@ -155,23 +165,23 @@ def _mmdebstrap(tree: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ the kernel
 
 
-def _unpack_kernel(to: Path) -> None:
+def _unpack_kernel(version: str, to: Path) -> None:
     """Downloaded and unpacked, not installed: nothing of it comes to this machine."""
     to.mkdir()
-    subprocess.run(["apt-get", "download", _kernel_package()], cwd=to, check=True, capture_output=True)
+    subprocess.run(["apt-get", "download", _kernel_package(version)], cwd=to, check=True, capture_output=True)
     images.run("dpkg-deb", "--extract", str(next(to.glob("*.deb"))), str(to))
 
 
-def _kernel_package() -> str:
-    """The package that the first known one of KERNELS stands for.
+def _kernel_package(version: str) -> str:
+    """The package that the first fitting one of KERNELS stands for.
 
     Raises: LookupError.
     """
-    for name in KERNELS:
+    for name in KERNELS[version]:
         listed = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True).stdout
-        if found := re.search(r"Depends: (linux-image-\d\S+)", listed):
+        if found := re.search(rf"Depends: (linux-image-{re.escape(version)}\.\S+)", listed):
             return found[1]
-    raise LookupError(f"apt knows none of the packages {', '.join(KERNELS)}")
+    raise LookupError(f"apt has no Linux {version}: none of the packages {', '.join(KERNELS[version])} stands for it")
 
 
 def _copy_modules(source: Path, to: Path, tree: Path, release: str) -> None:
@@ -198,13 +208,14 @@ def _pack_initramfs(directory: Path, tree: Path, release: str, to: Path) -> None
 
 
 def _unpack_modules(tree: Path, release: str, to: Path) -> list[str]:
-    """Those on the way to the root, decompressed, in the order in which they can be loaded."""
+    """Those on the way to the root, decompressed where they are packed, in the order in which they can be loaded."""
     command = ["chroot", str(tree), "modprobe", "--set-version", release, "--show-depends", "--all", *TO_ROOT]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     inserted = (line.split()[1] for line in shown.splitlines() if line.startswith("insmod"))
     paths = list(dict.fromkeys(tree / path.lstrip("/") for path in inserted))
     for path in paths:
-        (to / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+        packed = path.read_bytes()
+        (to / path.stem).write_bytes(lzma.decompress(packed) if path.suffix == ".xz" else packed)
     return [path.stem for path in paths]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.guest import link, qemu
-from lab.guest.root import root
+from lab.guest.root import KERNEL, root
 from tools import images
 
 ACCELERATOR = os.environ.get("LAB_ACCELERATOR", "tcg,thread=multi")
@@ -40,15 +40,15 @@ class State(NamedTuple):
         return self.directory / "disk" if self.shape.systemd else None
 
 
-def booted(*, systemd: bool = False) -> State:
+def booted(version: str = KERNEL, *, systemd: bool = False) -> State:
     """The state after a boot, made on first use: a quarter of a minute.
 
     Raises: subprocess.CalledProcessError, OSError, RuntimeError.
     """
-    shape = qemu.Shape(root(), ACCELERATOR, systemd)
-    version = subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True, text=True).stdout
+    shape = qemu.Shape(root(version), ACCELERATOR, systemd)
+    emulator = subprocess.run(["qemu-system-x86_64", "--version"], check=True, capture_output=True, text=True).stdout
     code = hashlib.sha256(Path(qemu.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    made_of = f"{shape.root.directory} {shape.accelerator} {version} {code}"
+    made_of = f"{shape.root.disk.stat().st_mtime_ns} {shape.root.directory} {shape.accelerator} {emulator} {code}"
     name = "guest-systemd" if systemd else "guest-state"
     return State(shape, images.cached(name, "d", made_of, lambda directory: _boot(State(shape, directory))))
 
