@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -61,11 +62,15 @@ def _check_host() -> None:
     if os.geteuid() != 0:
         raise Problem("it mounts, attaches and makes namespaces, and so must run as root")
     release = os.uname().release
-    version = tuple(int(part) for part in release.split("-")[0].split(".")[:2])
-    if version < OLDEST_KERNEL:
+    if _version(release) < OLDEST_KERNEL:
         raise Problem(f"kernel {release} is too old; it needs {'.'.join(map(str, OLDEST_KERNEL))} or newer")
     for complaint in restrictions() if booted() else ():
         logging.getLogger("imageapi").error("as a service of systemd's %s", complaint)
+
+
+def _version(release: str) -> tuple[int, ...]:
+    """The first two numbers of a kernel's release; what else stands there is its builder's ("6.1+", "6.12.1-rc2")."""
+    return tuple(map(int, re.findall(r"\d+", release)[:2]))
 
 
 def _raise_descriptor_limit() -> None:
