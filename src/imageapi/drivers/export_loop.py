@@ -2,9 +2,9 @@
 
 It carries our mark, but is not looked for by it: LOOP_GET_STATUS64 asks the file for its attributes, which fails once
 the daemon is dead and hangs while it hangs. sysfs names the file without touching it. The device is noted beside the
-file, with the kernel's sequence number (diskseq, Linux 5.15), which is never given twice: so a host's other devices
-need not be gone through, and it is known also when sysfs shows `/`, because a daemon that ended by itself took its
-mount along.
+file, with the kernel's sequence number (diskseq, which is never given twice; `-` before Linux 5.15): so a host's other
+devices need not be gone through, and it is known also when sysfs shows `/`, because a daemon that ended by itself took
+its mount along.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _note(site: Site, key: Key, device: str, size: str, checksum: str) -> None:
     name = os.path.basename(device)
     path = private_path(site, key, NOTE)
     with open(f"{path}.new", "w", encoding="ascii") as note:
-        note.write(f"{name} {_sysfs(name, 'diskseq')} {size} {checksum}")
+        note.write(f"{name} {_sequence(name)} {size} {checksum}")
     os.rename(f"{path}.new", path)
 
 
@@ -110,12 +110,16 @@ def _noted(note: str, file: str) -> str | None:
     except (FileNotFoundError, ValueError):
         return None
     backing = _sysfs(name, "loop/backing_file")
-    still_there = backing == file or (backing == "/" and _sysfs(name, "diskseq") == sequence)
+    still_there = backing == file or (backing == "/" and _sequence(name) == sequence)
     return name if still_there else None
 
 
 def _loops() -> list[str]:
     return [name for name in os.listdir("/sys/block") if name.startswith("loop")]
+
+
+def _sequence(name: str) -> str:
+    return _sysfs(name, "diskseq") or "-"
 
 
 def _sysfs(name: str, attribute: str) -> str:

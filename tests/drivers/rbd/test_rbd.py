@@ -207,6 +207,17 @@ def test_an_image_is_attached_and_detached_without_a_look_at_the_others(
     assert "query-named-block-nodes" not in said[0]
 
 
+def test_a_device_is_known_where_the_kernel_does_not_number_them(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Linux 5.15: another file can be put under it all the same."""
+    what, sysfs = record(definition(ceph, image)), export_loop._sysfs
+    monkeypatch.setattr(export_loop, "_sysfs", lambda name, key: "" if key == "diskseq" else sysfs(name, key))
+    with attached(site, what) as device:
+        export_loop.move(site, what.key, device)
+        assert export_loop.find(site, what.key) == device
+
+
 def test_two_users_have_a_daemon_each(site: Site, ceph: Cluster, image: str) -> None:
     key = ceph.add_user("second", READ_ONLY)
     second = definition(ceph, image, name="second", secret=Secret(key))
