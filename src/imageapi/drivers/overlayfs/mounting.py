@@ -94,9 +94,9 @@ def _refusal(error: OSError, layers: Layers, words: str) -> Problem | None:
     """What the kernel's refusal means, or None when it says all there is to say."""
     words = "; ".join(filter(None, (words, getattr(error, "detail", ""))))
     fields = {"errno": errno.errorcode.get(error.errno or 0, ""), "detail": words}
-    if "lowerdir+" in words:
+    if "lowerdir+" in words or "Cumulative options too large" in words:  # the latter is said below Linux 6.5
         return Unsupported("so many lower mounts need Linux 6.7 or later; give fewer", path="$.lower", **fields)
-    if found := re.search(r"filesystem on (.+?) not supported|upper fs missing required features", words):
+    if found := re.search(r"filesystem on '?(.+?)'? not supported|upper fs missing required features", words):
         return _unsuitable(found[1], layers, fields)
     match error.errno:
         case errno.ELOOP:
