@@ -5,19 +5,16 @@ All tests share one guest: each leaves nothing in it, and the last one reboots i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from lab.ceph import Cluster
-from lab.guest.fixtures import GUESTS
-from lab.guest.guest import Guest, restored
+from lab.guest.guest import Guest
 from lab.guest.network import SERVER as HOST
 from lab.guest.network import Network
 from lab.guest.service import CODE, CONTAINERS, ENVIRONMENT, SERVER, SOCKET, UNITS, Service
-from lab.guest.state import booted
 from lab.images import small_image, systemd_image
 from lab.iscsi import Server as Target
 from lab.machine import Machine
@@ -45,16 +42,12 @@ ExecStartPre=cp -a {OLD} /run/imageapi
 """At the next boot there is a run directory as one is found that was on a disk when the power failed."""
 
 
+GUEST = {"systemd": True}
+
+
 @pytest.fixture(scope="module")
-def guest(machine: Machine, lab_network: Network, request: pytest.FixtureRequest) -> Iterator[Guest]:
-    directory = machine.session.disk / "systemd"
-    with machine.expecting():
-        directory.mkdir()
-        state = booted(systemd=True)
-        request.config.stash.setdefault(GUESTS, []).append(state.shape.root.release)
-    with restored(state, lab_network, directory) as guest:
-        yield guest
-    shutil.rmtree(directory)
+def guest(guest_of_module: Guest) -> Guest:
+    return guest_of_module
 
 
 @pytest.fixture(scope="module")

@@ -174,9 +174,9 @@ def costs_only_what_is_asked_of_it(guest: Guest, server: GuestServer, storage: N
     assert "has not ended in 6s" in server.refused("DELETE", f"/container/{container['id']}?force=1", 504)["message"]
 
     command = said[1].split("'")[1]
-    assert command.startswith("echo 1 > /sys/fs/nfs/")
-    guest.sh(command)
-    eventually(lambda: gone(server, given_up), "what is given up goes")
+    assert command.startswith("echo 1 > /sys/fs/nfs/" if guest.kernel >= (6, 5) else "umount -f ")
+    guest.run("sh", "-c", command, check=guest.kernel >= (6, 5))
+    eventually(lambda: gone(server, given_up) or says_it_again(guest, command), "what is given up goes")
     assert not gone(server, written)
 
     storage.speak()
@@ -184,6 +184,13 @@ def costs_only_what_is_asked_of_it(guest: Guest, server: GuestServer, storage: N
     eventually(lambda: server.everything() == [], "the rest goes, too", 60)
     for writer in writers:
         guest.await_end(writer)
+
+
+def says_it_again(guest: Guest, command: str) -> None:
+    """An unmount by force, which before Linux 6.5 is the only way, may have to be repeated: it ends what waits just
+    then."""
+    if guest.kernel < (6, 5):
+        guest.run("sh", "-c", command, check=False)
 
 
 def test_what_is_interrupted_at_any_step_is_undone(guest: Guest, storage: NfsServer) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,8 @@ GUESTS = pytest.StashKey[list[str]]()
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The guest tier says what it ran."""
-    if started := terminalreporter.config.stash.get(GUESTS, []):
-        terminalreporter.write_line(f"guest tier: {len(started)} guests, kernel {started[0]}")
+    for kernel, guests in Counter(terminalreporter.config.stash.get(GUESTS, [])).items():
+        terminalreporter.write_line(f"guest tier: {guests} guests, kernel {kernel}")
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +73,35 @@ def guest(lab_network: Network, run_dir: Path, request: pytest.FixtureRequest) -
     state = request.getfixturevalue("guest_serving")[0] if with_server else request.getfixturevalue("guest_state")
     directory = run_dir / "guest"
     directory.mkdir()
-    request.config.stash.setdefault(GUESTS, []).append(state.shape.root.release)
-    with restored(state, lab_network, directory) as guest:
-        before = guest.look()
+    _count(request, state)
+    with restored(state, lab_network, directory) as guest, unchanged(guest):
         yield guest
-        if left := guest.left(before):
-            pytest.fail("the test has changed the guest\n" + "\n".join(left), pytrace=False)
+
+
+def _count(request: pytest.FixtureRequest, state: State) -> None:
+    request.config.stash.setdefault(GUESTS, []).append(state.shape.root.release)
+
+
+@contextlib.contextmanager
+def unchanged(guest: Guest) -> Iterator[None]:
+    """Within it a test must leave the guest as it was."""
+    before = guest.look()
+    yield
+    if left := guest.left(before):
+        pytest.fail("the test has changed the guest\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def guest_of_module(machine: Machine, lab_network: Network, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """One for all tests of a module, whose GUEST says how it is booted: arguments of `booted`."""
+    directory = machine.session.disk / "guest-of-module"
+    with machine.expecting():
+        directory.mkdir()
+        state = booted(**request.module.GUEST)
+    _count(request, state)
+    with restored(state, lab_network, directory) as guest:
+        yield guest
+    shutil.rmtree(directory)
 
 
 @pytest.fixture

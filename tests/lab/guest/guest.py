@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ class Guest:
         self.machine = machine
         self.api_socket = directory / "api"
         self._expected: set[str] = set()
+
+    @functools.cached_property
+    def kernel(self) -> tuple[int, ...]:
+        """Its version: (6, 12)."""
+        return tuple(int(part) for part in self.run("uname", "-r").split(".")[:2])
 
     # ------------------------------------------------------------------------------------------------- commands
 
