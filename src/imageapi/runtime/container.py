@@ -37,7 +37,7 @@ class Container:
 
     __slots__ = (
         *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify", "_lender"),
-        *("_log_trouble", "_ours", "_parked", "_unnoted", "entry"),
+        *("_log_trouble", "_ours", "_parked", "_unnoted", "_ended_before_gate", "entry"),
     )
 
     def __init__(self, around: Surroundings, tell: Callable[[Container, Ended | LogTrouble | None], None]) -> None:
@@ -51,7 +51,7 @@ class Container:
         self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
         self._log_trouble = 0
-        self._ours = self._parked = False
+        self._ours = self._parked = self._ended_before_gate = False
         self._lender: int | None = None
         self._unnoted: Timer | None = None
         self.entry: Entry
@@ -169,8 +169,8 @@ class Container:
         try:
             entries.save(self._around.directory, self.entry)
             tie.send(OPEN_GATE)
-        except BrokenPipeError:
-            pass  # it has failed by itself, and said why
+        except (BrokenPipeError, ConnectionResetError):
+            self._ended_before_gate = True  # it has failed by itself, and said why, or was killed
         except OSError as error:
             self._fail(errors.from_oserror(error, "noting the container's process"))
 
@@ -207,7 +207,7 @@ class Container:
             return
         if said:
             self._problem = errors.from_dict(msgspec.json.decode(said))
-        elif said is None:
+        elif said is None or self._ended_before_gate:
             self._problem = errors.Problem("the first process was killed before it could execute the command")
         else:
             life = self.life
