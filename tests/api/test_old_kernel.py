@@ -30,16 +30,20 @@ def server_of_module(guest_of_module: Guest) -> Iterator[GuestServer]:
     with unchanged(guest):
         guest.put(small_image(), IMAGE)
         with running(guest) as server:
+            server.http.close()
             yield server
+            server.reconnect()
         guest.run("rm", IMAGE)
 
 
 @pytest.fixture
 def server(server_of_module: GuestServer) -> Iterator[GuestServer]:
     """It has nothing, and so it is at the end."""
+    server_of_module.reconnect()
     yield server_of_module
     server_of_module.clear()
     assert server_of_module.leaks() == []
+    server_of_module.http.close()
 
 
 def on_overlay(lower: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +87,8 @@ def test_it_starts_stops_and_outlives_the_server(server: GuestServer) -> None:
 
 def test_it_outlives_the_supervisor_and_its_end_is_not_guessed(server: GuestServer) -> None:
     """How it ended is known if somebody looked before the host's init had reaped it."""
-    lasting, ending = (server.post("/container", box(FOREVER, mount=on_loop())) for _ in range(2))
+    made = [server.post("/container", box(FOREVER, mount=on_loop())) for _ in range(2)]
+    lasting, ending = (server.get(f"/container/{each['id']}") for each in made)
     server.guest.kill(supervisor(server))
     eventually(lambda: server.guest.complete("pgrep", "--exact", "imageapi-super").returncode == 0, "there is another")
     assert server.get(f"/container/{lasting['id']}") == lasting

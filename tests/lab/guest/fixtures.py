@@ -37,7 +37,8 @@ GUESTS = pytest.StashKey[list[str]]()
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The guest tier says what it ran."""
-    for kernel, guests in Counter(terminalreporter.config.stash.get(GUESTS, [])).items():
+    started: list[str] = terminalreporter.config.stash.get(GUESTS, [])
+    for kernel, guests in Counter(started).items():
         terminalreporter.write_line(f"guest tier: {guests} guests, kernel {kernel}")
 
 
