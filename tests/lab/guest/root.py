@@ -142,7 +142,8 @@ def _make(version: str, directory: Path) -> None:
     scratch = directory.parent / "scratch"
     scratch.mkdir()
     tree, kernel = scratch / "tree", scratch / "kernel"
-    images.run(*_mmdebstrap(tree))
+    tree.mkdir()
+    images.run("tar", "-xp", "--numeric-owner", "-f", str(_debian()), "-C", str(tree))
     _unpack_kernel(version, kernel)
     release = next((kernel / "lib/modules").iterdir()).name
     shutil.copy(kernel / f"boot/vmlinuz-{release}", directory / "vmlinuz")
@@ -153,11 +154,17 @@ def _make(version: str, directory: Path) -> None:
     images.run("mkfs.erofs", "--quiet", str(directory / "root.erofs"), str(tree))
 
 
-def _mmdebstrap(tree: Path) -> list[str]:
+def _debian() -> Path:
+    """What is the same with all kernels, as an archive."""
+    made_of = f"{PACKAGES} {images.suite()}"
+    return images.cached("guest-debian", "tar", made_of, lambda archive: images.run(*_mmdebstrap(archive)))
+
+
+def _mmdebstrap(archive: Path) -> list[str]:
     return [
         *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
         *images.SMALLER_DEBIAN,
-        *("--aptopt=APT::Install-Recommends false", images.suite(), str(tree)),
+        *("--aptopt=APT::Install-Recommends false", images.suite(), str(archive)),
         *map(str, images.apt_sources(images.suite())),
     ]
 
