@@ -25,6 +25,10 @@ bytes, and a checksum of its first `HEAD` bytes, where file systems have what te
 
 HEAD = 4096
 
+CHANGING = "?"
+"""The sequence number of a device whose file is being changed, which gives it another one: whoever dies over that has
+not noted it, and the daemon may have ended by then as well."""
+
 
 def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -> str:
     """Put a loop device on the exported file and return its path; have its partition table read, if it is to be.
@@ -59,6 +63,7 @@ def move(site: Site, key: Key, device: str) -> None:
                 f"the image is not what it was when {device} was put on it: stop what uses it, delete it, and make it "
                 "again"
             )
+        _note(site, key, device, *likeness, sequence=CHANGING)
         loop.change_file(device, file, site.mark(key), lambda: find(site, key) == device)
         _note(site, key, device, *likeness)
     finally:
@@ -85,11 +90,11 @@ def _noted_likeness(site: Site, key: Key) -> tuple[str, str]:
     raise Conflict("it is not known any more what its image was: stop what uses it, delete it, and make it again")
 
 
-def _note(site: Site, key: Key, device: str, size: str, checksum: str) -> None:
+def _note(site: Site, key: Key, device: str, size: str, checksum: str, *, sequence: str = "") -> None:
     name = os.path.basename(device)
     path = private_path(site, key, NOTE)
     with open(f"{path}.new", "w", encoding="ascii") as note:
-        note.write(f"{name} {_sequence(name)} {size} {checksum}")
+        note.write(f"{name} {sequence or _sequence(name)} {size} {checksum}")
     os.rename(f"{path}.new", path)
 
 
@@ -110,7 +115,7 @@ def _noted(note: str, file: str) -> str | None:
     except (FileNotFoundError, ValueError):
         return None
     backing = _sysfs(name, "loop/backing_file")
-    still_there = backing == file or (backing == "/" and _sequence(name) == sequence)
+    still_there = backing == file or (backing == "/" and (sequence == CHANGING or sequence == _sequence(name)))
     return name if still_there else None
 
 

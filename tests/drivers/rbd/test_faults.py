@@ -23,10 +23,11 @@ from drivers.exporting import (
 from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.drivers import daemon_process, storage_daemon
+from imageapi.drivers import daemon_process, export_loop, storage_daemon
 from imageapi.drivers.ceph import daemon
 from imageapi.drivers.qmp import Deadline, conversation, descriptor
 from imageapi.linux import mount
+from imageapi.records import AnyRecord
 from imageapi.spec import Secret
 from lab.ceph import Cluster, wait_until
 from lab.machine import Machine
@@ -59,6 +60,33 @@ def test_a_dead_daemon_is_replaced_while_its_images_wait_for_release(site: Site,
         wait_until(lambda: DRIVER.observe(lost, site) is None, "the daemon's end is seen")
         with attached(site, new) as device:
             assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_a_daemon_that_ends_before_the_device_is_noted_again_is_replaced_as_well(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose file was changed has another sequence number, and shows no file when its daemon is replaced."""
+
+    def never_again(_: str) -> str:
+        raise KeyboardInterrupt
+
+    what = record(definition(ceph, image))
+    with attached(site, what) as device:
+        end_daemon(what, site)
+        monkeypatch.setattr(export_loop, "_sequence", never_again)
+        with pytest.raises(KeyboardInterrupt):
+            DRIVER.mend(what, site)
+        monkeypatch.undo()
+        end_daemon(what, site)
+        facts, complaint = DRIVER.mend(what, site)
+        assert (facts.device_file, complaint) == (device, None)
+        assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def end_daemon(what: AnyRecord, site: Site) -> None:
+    (pid,) = daemons(site).values()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
 
 
 def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
