@@ -64,9 +64,9 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(key))
 
-    def save_counters(self, following: dict[str, int]) -> None:
-        """Write the ids that come next, which records that are gone no longer tell; not those just written."""
-        if following != self._counters:
+    def save_counters(self, following: dict[str, int], *, anew: bool = False) -> None:
+        """Write the ids that come next, which records that are gone no longer tell; those just written only `anew`."""
+        if anew or following != self._counters:
             self._write(f"{self._directory}/{COUNTERS}", msgspec.json.encode(following))
             self._counters = following
 

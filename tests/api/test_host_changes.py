@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from imageapi.config import Config
 from imageapi.engine import rundir
+from imageapi.errors import Conflict
 from imageapi.linux import loop
 from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, kill, squashfs, writable
 
@@ -188,6 +190,31 @@ def test_the_log_directory_that_somebody_removes(server: Server) -> None:
     later = server.post("/container", box("/bin/echo said"))
     eventually(lambda: "said" in _read(later["logfile"]), "another container prints, too")
     await_none(server, "/container/0")
+
+
+def test_the_run_directory_that_somebody_removes(server: Server) -> None:
+    """Nobody else can begin in it at any time, the container is found again by the next server, and others start."""
+    made = server.post("/container", box(FOREVER))
+    _remove_files(server.run_dir, but=server.socket)
+    with pytest.raises(Conflict, match="in use"):
+        rundir.prepare(Config(run_dir=str(server.run_dir)))
+    named = ("instance", "lock", "supervisor/lock", "supervisor/socket", "supervisor/0.json", "state/counters.json")
+    eventually(lambda: all((server.run_dir / name).exists() for name in named), "all of it is there again")
+    server.kill()
+    (server.run_dir / "instance").unlink()
+    server.start()
+    assert server.get("/container/0")["pid"] == made["pid"]
+    later = server.post("/container", box("/bin/echo said", name="later"))
+    eventually(lambda: "said" in _read(later["logfile"]), "another container prints")
+    server.clear()
+    assert server.leaks() == []
+
+
+def _remove_files(directory: Path, but: Path) -> None:
+    """What `rm -r` removes before it fails over the first mount; the server's own socket is left."""
+    for path in directory.rglob("*"):
+        if path != but and "mounts" not in path.parts and "keep" not in path.parts and not path.is_dir():
+            path.unlink()
 
 
 def _read(path: str) -> str:

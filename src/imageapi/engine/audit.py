@@ -29,12 +29,13 @@ class Finding(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One look at the host: the objects of which there is a record on disk, what was found, and the numbers of the
-    inotify watches by which changes are told."""
+    """One look at the host: the objects of which there is a record on disk, what was found, the numbers of the inotify
+    watches by which changes are told, and whether something of the run directory's own was missing, and made again."""
 
     written: set[Key]
     findings: list[Finding]
     watches: set[int]
+    restored: bool
 
 
 class Found(NamedTuple):
@@ -61,14 +62,15 @@ def look(site: Site, boot_id: str, instance: int) -> Look:
     Raises: OSError.
     """
     process.name("imageapi-audit")
+    restored = False
     with contextlib.suppress(OSError):
-        rundir.restore(site)
+        restored = rundir.restore(site)
     records = peek(site.state_dir)[0]
     host = Host(instance)
     for directory in (site.run_dir, site.mounts_dir, site.state_dir):
         host.watch(directory, inotify.ENTRIES)
     findings = audit([record for record in records if is_live(record, boot_id)], site, host)
-    return Look({record.key for record in records}, findings, host.watches)
+    return Look({record.key for record in records}, findings, host.watches, restored)
 
 
 def is_live(record: AnyRecord, boot_id: str) -> bool:

@@ -5,11 +5,14 @@ is over. The same is done at the start, for all that has happened while no serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
 
+from imageapi.engine import rundir
 from imageapi.engine.audit import Finding, Found, Look, Report
+from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
@@ -38,10 +41,11 @@ LONGEST = 25.0
 class Auditor:
     """The looks of one engine."""
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, mender: Mender, boot_id: str) -> None:
+    def __init__(self, ledger: Ledger, jobs: Jobs, containers: Containers, mender: Mender, boot_id: str) -> None:
         self._ledger = ledger
         self._graph = ledger.graph
         self._jobs = jobs
+        self._containers = containers
         self._mender = mender
         self._boot_id = boot_id
         self._told: dict[Key, str] = {}
@@ -83,6 +87,8 @@ class Auditor:
         if watch is not None:
             watch.keep(seen.watches)
         self._write_again(seen.written)
+        if seen.restored:
+            await self._restore()
         self._say(dict(self._verdicts(seen.findings)))
         return True
 
@@ -91,6 +97,14 @@ class Auditor:
         for record in self._graph.all():
             if record.phase is Phase.LIVE and record.key not in written:
                 self._ledger.note(record)
+
+    async def _restore(self) -> None:
+        """What lies beside the records: somebody has removed a part of the run directory."""
+        log.warning("a part of %s was removed by somebody, and has been made again", self._ledger.site.run_dir)
+        with contextlib.suppress(Problem, OSError):
+            rundir.sign(self._ledger.site.run_dir)
+            self._ledger.write_counters(anew=True)
+            await self._containers.restore()
 
     async def check(self) -> Report:
         """The leak report, without what is being done just now. Raises: errors.Problem."""

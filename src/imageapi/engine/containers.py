@@ -85,6 +85,10 @@ class Containers:
                 self._tasks.spawn(self._finish(record, None))
             self._take_back(record)
 
+    async def restore(self) -> None:
+        """Have the supervisor make again what somebody has removed of its files. Raises: errors.Problem."""
+        await self._supervisor.greet()
+
     async def leave(self) -> None:
         """Leave the supervisor, which goes on while a container runs, and ends with us when there is none."""
         needed = any(self.active(record) for record in self._graph.all("container"))

@@ -59,7 +59,7 @@ class Engine:
             self._tasks,
             config.operation_timeout,
         )
-        self._auditor = Auditor(self._ledger, self._jobs, self._mender, boot_id)
+        self._auditor = Auditor(self._ledger, self._jobs, self._containers, self._mender, boot_id)
         self._reconciler = Reconciler(
             self._ledger,
             store,

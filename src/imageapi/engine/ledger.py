@@ -134,9 +134,9 @@ class Ledger:
             self._write_later(key)
         self._wake(key)
 
-    def write_counters(self) -> None:
-        """Write the ids to come. Raises: OSError."""
-        self._store.save_counters(self.graph.counters())
+    def write_counters(self, *, anew: bool = False) -> None:
+        """Write the ids to come, also if that was done, where it is to be done `anew`. Raises: OSError."""
+        self._store.save_counters(self.graph.counters(), anew=anew)
 
     def _write_later(self, key: Key) -> None:
         self._unwritten.add(key)

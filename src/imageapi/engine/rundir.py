@@ -10,12 +10,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import time
 
 from imageapi import errors
 from imageapi.config import Config, Site
 from imageapi.errors import Conflict
-from imageapi.linux import inotify, whole
+from imageapi.linux import inotify, mountinfo, whole
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ WORKERS_PATIENCE = 1.0
 """How long, in seconds, a start waits for a killed server's workers. One that hangs in the kernel is not waited for:
 what it was making is found by its record."""
 
+_MARK = re.compile("imageapi:([0-9a-f]{8}):")
+"""How all marks begin; see config.Site."""
 PUBLIC, PRIVATE = 0o755, 0o700
 
 
@@ -40,7 +43,7 @@ def prepare(config: Config) -> tuple[Site, int]:
 def _prepare(config: Config) -> tuple[Site, int]:
     os.makedirs(config.run_dir, PUBLIC, exist_ok=True)
     _lock_server(config.run_dir)
-    site = config.site(_instance(config.run_dir))
+    site = config.site(instance(config.run_dir) or os.urandom(4).hex())
     restore(site)
     for directory, mode in _directories(site).items():
         os.chmod(directory, mode)
@@ -52,11 +55,16 @@ def _directories(site: Site) -> dict[str, int]:
     return public | dict.fromkeys((site.state_dir, site.supervisor_dir, site.helpers_dir), PRIVATE)
 
 
-def restore(site: Site) -> None:
-    """Make the directories that are missing: all at first, and later what somebody has removed. Raises: OSError."""
-    for directory, mode in _directories(site).items():
-        if not os.path.isdir(directory):
-            os.makedirs(directory, mode)
+def restore(site: Site) -> bool:
+    """Make what is missing, all at first, and later what somebody has removed: the directories, and the id, without
+    which the next server would not know what is ours. Whether anything was. Raises: OSError."""
+    missing = [each for each in _directories(site).items() if not os.path.isdir(each[0])]
+    for directory, mode in missing:
+        os.makedirs(directory, mode)
+    if _noted(site.run_dir) == site.instance:
+        return bool(missing)
+    whole.write(f"{site.run_dir}/instance", f"{site.instance}\n".encode())
+    return True
 
 
 def watching() -> int:
@@ -76,12 +84,23 @@ def boot_id() -> str:
 
 
 def _lock_server(run_dir: str) -> None:
-    """Who works in the directory is written over the last one's: that needs no room."""
-    descriptor = os.open(f"{run_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if not _try_lock(descriptor, fcntl.LOCK_EX):
-        holder = os.read(descriptor, 32).decode(errors="replace").strip()
-        raise Conflict(f"{run_dir} is in use by process {holder}; stop that server, or choose another --run-dir")
-    os.write(descriptor, f"{os.getpid()}\n".encode().ljust(os.fstat(descriptor).st_size))
+    """Have the directory locked until this process ends: not a file in it, which somebody may remove."""
+    directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not _try_lock(directory, fcntl.LOCK_EX):
+        os.close(directory)
+        raise Conflict(f"{run_dir} is in use by {_holder(run_dir)}; stop that server, or choose another --run-dir")
+    sign(run_dir)
+
+
+def sign(run_dir: str) -> None:
+    """Say whose the directory is, over what the last one has said: that needs no room. Raises: OSError."""
+    whole.write(f"{run_dir}/lock", f"{os.getpid()}\n".encode())
+
+
+def _holder(run_dir: str) -> str:
+    with contextlib.suppress(OSError), open(f"{run_dir}/lock") as file:
+        return f"process {file.read().strip()}"
+    return "another process"
 
 
 def _lock_workers(run_dir: str) -> int:
@@ -103,16 +122,18 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 
 
 def instance(run_dir: str) -> str | None:
-    """The id of a run directory; None of one that no server has worked in."""
+    """The id of a run directory, as it is written there, or in the mark of the supervisor's mount; None of one that no
+    server has worked in."""
+    return _noted(run_dir) or _marked(run_dir)
+
+
+def _noted(run_dir: str) -> str | None:
     with contextlib.suppress(FileNotFoundError), open(f"{run_dir}/instance") as file:
         return file.read().strip() or None  # there was no room for it
     return None
 
 
-def _instance(run_dir: str) -> str:
-    """The directory's own id, drawn when it was new."""
-    if known := instance(run_dir):
-        return known
-    drawn = os.urandom(4).hex()
-    whole.write(f"{run_dir}/instance", f"{drawn}\n".encode())
-    return drawn
+def _marked(run_dir: str) -> str | None:
+    found = mountinfo.at(f"{Site(run_dir=run_dir).supervisor_dir}/keep")
+    mark = _MARK.match(found.source) if found else None
+    return mark[1] if mark else None

@@ -151,6 +151,7 @@ class Supervisor:
         on_log: Callable[[LogTrouble], None] = lambda _: None,
     ) -> None:
         self._site = site
+        self._hello = Hello(log_limit=site.log_limit)
         self._launch = launch
         self._on_ended = on_ended
         self._on_log = on_log
@@ -169,6 +170,10 @@ class Supervisor:
         lives = await self.list()
         self._running = {life.id: life.attempt for life in lives if life.running}
         return lives
+
+    async def greet(self) -> None:
+        """Say hello again: it sees then to what is on disk of it. Raises: errors.Problem."""
+        await self._call(self._hello, Welcome)
 
     def close(self) -> None:
         """Leave the supervisor to itself."""
@@ -311,8 +316,7 @@ class Supervisor:
     async def _greet(self) -> tuple[_Connection, Welcome]:
         connection = _Connection(await self._find(), self._hear, self._lost)
         try:
-            hello = Hello(log_limit=self._site.log_limit)
-            return connection, _expect(await connection.ask(hello), Welcome)
+            return connection, _expect(await connection.ask(self._hello), Welcome)
         except BaseException:
             connection.close()
             raise

@@ -92,6 +92,13 @@ class Place:
             self._renew(self.directory)
             return self._open(name)
 
+    def renew_if_gone(self) -> bool:
+        """Whether the directory was removed; it is another one then. Raises: OSError."""
+        gone = os.fstat(self.directory).st_nlink == 0
+        if gone:
+            self._renew(self.directory)
+        return gone
+
     def _open(self, name: str) -> int:
         log = os.open(name, logs.FLAGS & ~os.O_APPEND, logs.MODE, dir_fd=self.directory)
         os.lseek(log, 0, os.SEEK_END)

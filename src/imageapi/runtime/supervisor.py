@@ -8,7 +8,6 @@ can take its place at any moment; what became of those that ended meanwhile is a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import os
 import resource
@@ -25,7 +24,7 @@ import msgspec
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import cgroup, memory, process, scope
-from imageapi.runtime import entries, lender, output, protocol
+from imageapi.runtime import claim, entries, lender, output, protocol
 from imageapi.runtime.child import Child, Nursery
 from imageapi.runtime.container import Container
 from imageapi.runtime.entries import Entry
@@ -78,9 +77,10 @@ def run(site: Site) -> NoReturn:
         process.close_all_but()
         os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
         _open_standard_files(site)
-        if (lock := _lock(site)) is not None:
+        directory = os.open(site.supervisor_dir, _DIRECTORY)
+        if (lock := claim.lock(directory)) is not None:
             _leave_service(site)
-            _work(site, lock, _listen(site))
+            _work(site, lock, claim.listen(directory))
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -112,17 +112,6 @@ def _open_standard_files(site: Site) -> None:
     for ours, number in ((null, 0), (log, 1), (log, 2)):
         os.dup2(ours, number)
     process.close_all_but()
-
-
-def _lock(site: Site) -> int | None:
-    """Take the site's lock; None where another has it. It is the process's own, over execve(2) as well, until that
-    closes a descriptor of the file (fcntl(2), "Advisory record locking"): no child holds it on."""
-    lock = os.open(f"{site.supervisor_dir}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
-    return lock
 
 
 def _leave_service(site: Site) -> None:
@@ -192,18 +181,6 @@ def _reopen(keep: Keep, path: str, descriptor: int) -> None:
 def _read(path: str) -> str:
     with open(path) as file:
         return file.read().strip()
-
-
-def _listen(site: Site) -> socket.socket:
-    """The socket for servers, in place of a dead supervisor's; nobody is let in yet. Its path goes by a descriptor:
-    it may be longer than a socket's address (unix(7), 108 bytes)."""
-    directory = os.open(site.supervisor_dir, _DIRECTORY)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(protocol.SOCKET, dir_fd=directory)
-    listener.bind(f"/proc/self/fd/{directory}/{protocol.SOCKET}")
-    os.close(directory)
-    return listener
 
 
 class Client:
@@ -336,7 +313,35 @@ class Supervisor:
             self._clients.discard(client)
             self._loop.unwatch(client.channel.fileno())
             client.channel.close()
+            self._restore()
             self._loop.after(IDLE, self._rest)
+
+    def _restore(self) -> None:
+        """Make again what somebody has removed: the logs' directory, and that without which the next server, or
+        supervisor, would not find us and the containers. The child in waiting has what was removed, too."""
+        with contextlib.suppress(OSError):
+            renewed = self._around.logs.renew_if_gone()
+            if not claim.stands(self._around.directory, self._lock):
+                renewed |= self._claim_again(self._around.directory)
+            if renewed:
+                self._dismiss_spare()
+                self._bear_spare()
+
+    def _claim_again(self, directory: int) -> bool:
+        """False where another supervisor was quicker, which has all then. Raises: OSError."""
+        if (lock := claim.renew(directory, self._lock)) is None:
+            return False
+        self._lock = lock
+        self._loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        self._listener = claim.listen(directory)
+        self._listener.setblocking(False)
+        self._listener.listen(BACKLOG)
+        self._watch_listener()
+        for container in self._containers.values():
+            if not container.starting:
+                entries.save(directory, container.entry)
+        return True
 
     def _hear(self, client: Client) -> None:
         try:
@@ -386,6 +391,7 @@ class Supervisor:
 
     def _hello(self, hello: Hello) -> Answer:
         self._around.logs.limit = hello.log_limit
+        self._restore()
         return Welcome(protocol.VERSION, os.getpid(), protocol.RELEASE)
 
     def _upgrade(self, order: Upgrade) -> Answer:
