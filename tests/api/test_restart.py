@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -49,15 +50,19 @@ def test_all_that_was_made_is_there_again(server: Server, end: object) -> None:
 
 
 def test_an_end_that_nobody_watched_is_known(server: Server) -> None:
+    """And so is when it was, as the supervisor has noted it."""
     waits = """/bin/sh -c 'trap "exit 7" USR1; echo ready; while true; do sleep 0.01; done'"""
     made = server.post("/container", box(waits))
     eventually(lambda: "ready" in Path(made["logfile"]).read_text(), "the handler is installed")
     server.kill()
     os.kill(made["pid"], signal.SIGUSR1)
-    eventually(lambda: not alive(made["pid"]), "the container has ended")
+    note = server.run_dir / "supervisor" / "0.json"
+    eventually(lambda: '"exit_code":7' in note.read_text(), "the container's end is noted")
+    later = datetime.now(UTC).isoformat()
     server.start()
     ended = server.await_state(0, "dead")
     assert (ended["exit_code"], ended["pid"]) == (7, None)
+    assert ended["finished_at"] < later
 
 
 def test_the_supervisor_may_die_too(server: Server) -> None:

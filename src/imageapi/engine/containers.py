@@ -305,7 +305,7 @@ class Containers:
         finally:
             del self._starting[record.key]
             if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
-                self._tasks.spawn(self._finish(record, ended.exit_code))
+                self._tasks.spawn(self._finish(record, ended.exit_code, ended.finished_at))
 
     def _give_up_start(self, container: int, attempt: int) -> None:
         """A start that nobody waits for any more is undone; until then its container is not deleted."""
@@ -393,7 +393,7 @@ class Containers:
         if record.key in self._starting:
             self._early[record.key] = ended
         else:
-            self._tasks.spawn(self._finish(record, ended.exit_code))
+            self._tasks.spawn(self._finish(record, ended.exit_code, ended.finished_at))
 
     def _on_log(self, news: LogTrouble) -> None:
         """The supervisor says that a log does not take what its container prints, or does so again."""
@@ -405,9 +405,9 @@ class Containers:
         ):
             self._ledger.note(record, problem=endings.log_problem(_run(record), news.errno))
 
-    async def _finish(self, record: AnyRecord, exit_code: int | None) -> None:
-        """The container has ended: its file systems are synced, then its state says so. The end of a start that was
-        given up says nothing new."""
+    async def _finish(self, record: AnyRecord, exit_code: int | None, at: str | None = None) -> None:
+        """The container has ended, `at` a time that the supervisor knows: its file systems are synced, then its state
+        says so. The end of a start that was given up says nothing new."""
         run = _run(record)
         if run.state not in ("running", "stopping"):
             return
@@ -418,7 +418,7 @@ class Containers:
             bereft = bool(self._mender.lost(record))
             run.state, problem = "dead", problem or endings.complaint(run, exit_code, bereft=bereft)
         run.pid = run.start_time = None
-        run.exit_code, run.finished_at = exit_code, now()
+        run.exit_code, run.finished_at = exit_code, max(at or now(), run.started_at or "")
         self._ledger.note(record, problem=problem)
         self._end_of(record).set()
 
@@ -458,7 +458,7 @@ class Containers:
         run.pid, run.start_time = life.pid, life.start_time
         self._ledger.note(record)
         if not life.running:
-            self._tasks.spawn(self._finish(record, life.exit_code))
+            self._tasks.spawn(self._finish(record, life.exit_code, life.finished_at))
         elif run.stop_requested:
             self._tasks.linger(self._stop(record))
         return True
