@@ -12,8 +12,8 @@ import pytest
 from drivers.bench import Bench
 from imageapi.errors import Conflict, Invalid
 from imageapi.linux import loop, mount
-from imageapi.records import AnyRecord
-from lab import images
+from imageapi.records import AnyRecord, Facts
+from lab import fuse, images
 from lab.elsewhere import mount_namespace
 from lab.partitions import add_partition
 from tools.images import Format
@@ -172,6 +172,16 @@ def test_a_mount_of_it_here_is_named(bench: Bench, run_dir: Path) -> None:
     finally:
         mount.umount(str(spot))
     assert f"the mount at {os.path.realpath(spot)}" in refusal.value.fields["holders"]
+
+
+def test_one_that_was_half_made_on_a_file_of_fuse_is_found_again(bench: Bench, tmp_path: Path) -> None:
+    """A crash came before its record knew the device."""
+    with fuse.shown(tmp_path) as image:
+        record = bench.acquire(bench.loopback(path=str(image.path)))
+        device = device_of(record)
+        record.facts = Facts()
+        bench.release(record)
+        assert loop.status(device) is None
 
 
 def test_a_device_that_was_given_to_another_is_left_alone(bench: Bench) -> None:

@@ -16,10 +16,11 @@ ASKING = 1.0
 """Seconds for a device that nobody knows to say whose it is."""
 
 
-def marked(prefix: str) -> dict[str, str]:
+def marked(prefix: str, file: str = "") -> dict[str, str]:
     """The loop devices whose name begins with `prefix`, by name; but for those on what a storage helper exports, a
-    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang."""
-    return loop.marked(prefix, skip=_exports())
+    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang. A `file` that the caller
+    depends on is asked all the same."""
+    return loop.marked(prefix, skip=_exports() - {file})
 
 
 def _exports() -> set[str]:
@@ -39,13 +40,13 @@ def marked_besides(prefix: str, known: Collection[str]) -> tuple[dict[str, str],
     return {name: device for name, device in found.items() if name.startswith(prefix)}, silent
 
 
-def find_loop(mark: str, known: str | None) -> str | None:
+def find_loop(mark: str, known: str | None, file: str = "") -> str | None:
     """The loop device that carries our `mark`: the one `known` from the record, else, when a crash came before that was
-    written, any."""
+    written, any; also one on `file` (see `marked`)."""
     if known is not None:
         state = loop.status(known)
         return known if state is not None and state.name == mark else None
-    return marked(mark).get(mark)
+    return marked(mark, file).get(mark)
 
 
 def facts(device: str, helper: Helper | None = None) -> Facts:

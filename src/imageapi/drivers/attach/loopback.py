@@ -69,7 +69,9 @@ class Driver(LocalDriver):
 
 
 def _find(record: AnyRecord, site: Site) -> str | None:
-    return block.find_loop(site.mark(record.key), record.facts.device_file)
+    definition, known = record.definition, record.facts.device_file
+    file = os.path.realpath(definition.path) if known is None and definition.base == "root" else ""
+    return block.find_loop(site.mark(record.key), known, file)
 
 
 def _facts(device: str, state: loop.Status) -> Facts:
