@@ -13,6 +13,9 @@ from imageapi.linux import libc, mount, mountid, mountinfo, ustat
 
 pytestmark = pytest.mark.kernel
 
+TMPFS_MAGIC = 0x0102_1994
+"""<linux/magic.h>"""
+
 
 @contextmanager
 def mounted(spot: Path) -> Iterator[int]:
@@ -32,7 +35,7 @@ def test_a_mount_is_known_by_its_number(tmp_path: Path) -> None:
     with mounted(spot) as number:
         known = mountinfo.at(str(spot))
         assert known is not None
-        assert mountid.look(number) == (known.dev, str(spot))
+        assert mountid.look(number) == (known.dev, str(spot), TMPFS_MAGIC)
     assert mountid.look(number) is None
     assert mountid.at(str(spot)) is None
 

@@ -25,6 +25,8 @@ from imageapi.linux.libc import (
 
 AT_STATX_DONT_SYNC = 0x4000
 """Do not ask a server for what is looked at."""
+OVERLAYFS_SUPER_MAGIC = 0x794C7630
+"""<linux/magic.h>"""
 STATX_MNT_ID_UNIQUE = 0x4000
 STATX_ATTR_MOUNT_ROOT = 0x2000
 STATMOUNT_SB_BASIC = 0x1
@@ -32,8 +34,9 @@ STATMOUNT_MNT_POINT = 0x10
 
 _REQUEST = struct.Struct("=IIQQ")
 """struct mnt_id_req of <linux/mount.h>: its size, nothing, the mount, and what is asked (or the last one listed)."""
-_STATMOUNT = struct.Struct("=IIQII84xI")
-"""struct statmount up to `mnt_point`: sizes, the mask, the device's two numbers, and where the string begins."""
+_STATMOUNT = struct.Struct("=IIQIIQ76xI")
+"""struct statmount up to `mnt_point`: sizes, the mask, the device's two numbers, the magic number, and where the string
+begins."""
 _STRINGS = 512
 _BUFFER = _STRINGS + 2 * 4096
 _STATX = struct.Struct("=IIQ128xQ")
@@ -41,10 +44,11 @@ _STATX = struct.Struct("=IIQ128xQ")
 
 
 class Mount(NamedTuple):
-    """`dev` is "major:minor" of the superblock, as in mountinfo."""
+    """`dev` is "major:minor" of the superblock, as in mountinfo; `magic` says of what type it is (statfs(2))."""
 
     dev: str
     mountpoint: str
+    magic: int
 
 
 def at(path: str) -> int | None:
@@ -73,8 +77,8 @@ def look(number: int) -> Mount | None:
         if error.errno in (errno.ENOENT, errno.ENOSYS):
             return None
         raise
-    _, _, _, major, minor, start = _STATMOUNT.unpack_from(buffer)
-    return Mount(f"{major}:{minor}", os.fsdecode(buffer.raw[_STRINGS + start :].split(b"\0", 1)[0]))
+    _, _, _, major, minor, magic, start = _STATMOUNT.unpack_from(buffer)
+    return Mount(f"{major}:{minor}", os.fsdecode(buffer.raw[_STRINGS + start :].split(b"\0", 1)[0]), magic)
 
 
 def bears_others(number: int) -> bool:

@@ -15,7 +15,7 @@ from imageapi.drivers.base import LOCAL_STORE
 from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.paths import open_path
 from imageapi.errors import Invalid
-from imageapi.linux import libc, mount, mountinfo
+from imageapi.linux import libc, mount, mountid, mountinfo
 from imageapi.linux.mountinfo import Mount
 from imageapi.records import AnyRecord, Facts
 from imageapi.spec import Bind
@@ -39,7 +39,8 @@ class Driver(MountDriver):
             mount.move_mount(tree, "", libc.AT_FDCWD, path, mount.MOVE_MOUNT_F_EMPTY_PATH)
             undo.callback(self.release, record, site)
             staging = inputs[0].facts.detail.get("staging", 0) if inputs else 0
-            detail = {**mounts.made(record, site), "depth": _depth(path, inputs), "staging": staging}
+            made = mounts.made(record, site)
+            detail = {**made, "depth": _depth(path, made.get("mount"), inputs), "staging": staging}
             undo.pop_all()
         return Facts(mountpoint=path, detail=detail)
 
@@ -55,12 +56,20 @@ def _facts(record: AnyRecord, site: Site, found: Mount) -> Facts:
     return Facts(mountpoint=site.mountpoint(record.token), detail=detail)
 
 
-def _depth(path: str, inputs: Sequence[AnyRecord]) -> int:
+def _depth(path: str, number: int | None, inputs: Sequence[AnyRecord]) -> int:
     """How many overlays lie on one another in what is bound; one, where it is an overlay that is not ours."""
-    found = mountinfo.at(path)
-    if found is None or found.fstype != "overlay":
+    if not _is_overlay(path, number):
         return 0
     return max([1, *(int(each.facts.detail.get("depth", 0)) for each in inputs)])
+
+
+def _is_overlay(path: str, number: int | None) -> bool:
+    """Whether the mount at a path is one; where it has no `number`, the kernel's list of all mounts is read."""
+    known = None if number is None else mountid.look(number)
+    if known is not None:
+        return known.magic == mountid.OVERLAYFS_SUPER_MAGIC
+    found = mountinfo.at(path)
+    return found is not None and found.fstype == "overlay"
 
 
 def _check_source(definition: Bind, source: int, site: Site) -> None:
