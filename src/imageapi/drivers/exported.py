@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from imageapi.config import Site
 from imageapi.drivers import block, export_loop, revisit, storage_daemon
+from imageapi.drivers.base import Audited
 from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Conflict, Exhausted, Problem
 from imageapi.linux import loop
-from imageapi.records import Facts, Key
+from imageapi.records import AnyRecord, Facts, Key
 
 DEADLINE = 20.0
 """Seconds for all of an attach or detach; less than the service gives them, so that the answer says what hung."""
@@ -29,6 +31,53 @@ PATIENCE = 1.0
 
 REFUSED = "refused"
 """The file beside the export that notes that writes were refused."""
+
+
+class Way(Protocol):
+    """A module by which images are attached, and let go again."""
+
+    def release(self, key: Key, definition: Any, site: Site) -> None: ...
+
+
+class DaemonsWay(Way, Protocol):
+    """The one by a storage daemon."""
+
+    def mend(self, key: Key, definition: Any, site: Site) -> tuple[str, str | None]: ...
+
+
+class ExportedDriver(Audited):
+    """What the kinds have in common whose images a storage daemon opens, or the kernel's own driver: `kernel` and
+    `daemon` are their modules for that."""
+
+    kernel: Way
+    daemon: DaemonsWay
+
+    def attach(self, record: AnyRecord, site: Site) -> str:
+        """Attach the image in the way that is to be taken here; its block device. Raises: as `acquire`."""
+        raise NotImplementedError
+
+    def read_only(self, definition: Any) -> bool:
+        raise NotImplementedError
+
+    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+        device = self.attach(record, site)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release, record, site)
+            found = facts(site, record.key, device)
+            undo.pop_all()
+        return found
+
+    def release(self, record: AnyRecord, site: Site) -> None:
+        """Whichever way was taken, the other finds nothing."""
+        self.kernel.release(record.key, record.definition, site)
+        self.daemon.release(record.key, record.definition, site)
+
+    def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
+        device, complaint = self.daemon.mend(record.key, record.definition, site)
+        return facts(site, record.key, device), complaint
+
+    def sever(self, record: AnyRecord, site: Site) -> bool:
+        return sever(record.key, site, read_only=self.read_only(record.definition))
 
 
 NO_SCHEDULER = "none"

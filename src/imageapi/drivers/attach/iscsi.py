@@ -7,45 +7,31 @@ by its mark whichever way was taken, so a release needs no more than the record.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from imageapi.config import Site
 from imageapi.drivers import exported, storage_daemon
-from imageapi.drivers.base import Audited
+from imageapi.drivers.exported import ExportedDriver
 from imageapi.drivers.iscsi import daemon, kernel
 from imageapi.errors import Invalid, Unsupported
 from imageapi.records import AnyRecord, Facts, Key
 from imageapi.spec import Chap, Iscsi
 
 
-class Driver(Audited):
+class Driver(ExportedDriver):
     """The kind `iscsi`."""
 
-    def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
+    kernel = kernel
+    daemon = daemon
+
+    def attach(self, record: AnyRecord, site: Site) -> str:
         definition: Iscsi = record.definition
         check(definition)
-        device = choose(site)(record.key, definition, site)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.release, record, site)
-            facts = exported.facts(site, record.key, device)
-            undo.pop_all()
-        return facts
-
-    def release(self, record: AnyRecord, site: Site) -> None:
-        kernel.release(record.key, record.definition, site)
-        daemon.release(record.key, record.definition, site)
+        return choose(site)(record.key, definition, site)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = kernel.observe(record.key, site) or exported.observe(record.key, site)
         return exported.observed(site, record.key, device)
-
-    def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
-        device, complaint = daemon.mend(record.key, record.definition, site)
-        return exported.facts(site, record.key, device), complaint
-
-    def sever(self, record: AnyRecord, site: Site) -> bool:
-        return exported.sever(record.key, site, read_only=self.read_only(record.definition))
 
     def read_only(self, definition: Iscsi) -> bool:
         return definition.ro
