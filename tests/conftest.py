@@ -12,7 +12,7 @@ import pytest
 
 from imageapi.config import Site
 from lab import session as test_session
-from lab.machine import Machine
+from lab.machine import Machine, Trace
 
 pytest_plugins = ("lab.fixtures", "lab.guest.fixtures")
 
@@ -51,17 +51,34 @@ def machine_unchanged_by_the_run(machine: Machine) -> Iterator[None]:
     before = machine.look()
     yield
     machine.expected.clear()
-    if left := machine.settle(before):
-        pytest.fail("the run has changed the machine\n" + "\n".join(left), pytrace=False)
+    _require_unchanged(machine, before, "the run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_unchanged_by_the_module(machine: Machine, machine_unchanged_by_the_run: None) -> Iterator[None]:
+    """What tests that need nothing of the machine might leave is looked for once, after the last of a module: there are
+    two thousand of them, and most take less time than a look."""
+    before = machine.look()
+    yield
+    _require_unchanged(machine, before, "a test of the module")
 
 
 @pytest.fixture(autouse=True)
-def machine_unchanged(machine: Machine, machine_unchanged_by_the_run: None) -> Iterator[None]:
+def machine_unchanged(
+    request: pytest.FixtureRequest, machine: Machine, machine_unchanged_by_the_module: None
+) -> Iterator[None]:
     """Fails the test that leaves a mount, loop device, process, descriptor, file or control group behind."""
+    if request.node.get_closest_marker("pure"):
+        yield
+        return
     before = machine.look()
     yield
+    _require_unchanged(machine, before, "the test")
+
+
+def _require_unchanged(machine: Machine, before: set[Trace], who: str) -> None:
     if left := machine.settle(before):
-        pytest.fail("the test has changed the machine\n" + "\n".join(left), pytrace=False)
+        pytest.fail(f"{who} has changed the machine\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.processes import Process, processes
+from lab.processes import Process, find, processes
 from lab.session import CLAIM, PREFIX, USUAL, Session, neighbours
 from tools import cache
 
@@ -86,11 +86,13 @@ class Machine:
                 yield Trace("mount", f"{own} {' '.join(rest.split()[:2])}")
 
     def _loops(self) -> Iterator[Trace]:
-        for node in Path("/sys/block").glob("loop*"):
-            with contextlib.suppress(OSError):
-                file = (node / "loop/backing_file").read_text().strip()
-                if not self._is_foreign(file):
-                    yield Trace("loop device", f"/dev/{node.name} on {file}")
+        """A device without a file has no directory `loop`; a busy machine has hundreds of those."""
+        for name in os.listdir("/sys/block"):
+            if name.startswith("loop") and os.path.isdir(f"/sys/block/{name}/loop"):
+                with contextlib.suppress(OSError):
+                    file = Path(f"/sys/block/{name}/loop/backing_file").read_text().strip()
+                    if not self._is_foreign(file):
+                        yield Trace("loop device", f"/dev/{name} on {file}")
 
     def _is_foreign(self, text: str) -> bool:
         """Whether it is another run's, or of an image that is being built."""
@@ -168,7 +170,7 @@ def _described(trace: Trace) -> str:
 
 
 def _process_of(trace: Trace) -> Process | None:
-    return processes().get(int(trace.identity.split()[0])) if trace.kind == "process" else None
+    return find(int(trace.identity.split()[0])) if trace.kind == "process" else None
 
 
 def _descriptors() -> Iterator[Trace]:
