@@ -12,6 +12,7 @@ import pytest
 
 from imageapi.linux import loop
 from lab.images import small_image, systemd_image
+from lab.machine import Machine, Trace, backing_files
 from lab.server import FOREVER, Server, alive, box, eventually, image, kill, running, squashfs, writable
 
 pytestmark = pytest.mark.api
@@ -198,23 +199,22 @@ def test_a_command_by_a_link_is_the_images_own(server: Server) -> None:
     assert "executable" in problem["message"]
 
 
-def _mounts() -> list[str]:
-    """The host's mounts, but for the supervisor's own."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if "/supervisor/keep" not in line]
+def _mounts(machine: Machine) -> set[Trace]:
+    """This machine's mounts, but for another run's and the supervisor's own."""
+    return {one for one in machine.look() if one.kind == "mount" and "/supervisor/keep" not in one.identity}
 
 
-def test_special_mounts_do_not_follow_an_images_links(server: Server, tmp_path: Path) -> None:
+def test_special_mounts_do_not_follow_an_images_links(server: Server, tmp_path: Path, machine: Machine) -> None:
     """An image whose /proc and /dev lead out: nothing of the host's is mounted over, or made."""
     target = tmp_path / "target"
     target.mkdir()
-    before = _mounts()
+    before = _mounts(machine)
     mount = odd_image(tmp_path, proc=str(target), dev="../../../../../" + str(target))
     answer = server.http.post("/container", json={"mount": mount, "command": FOREVER, "state": "running"})
     assert answer.status_code in (201, 422), answer.text
     assert os.listdir(target) == []
     server.clear()
-    assert _mounts() == before
+    assert _mounts(machine) == before
 
 
 def test_options_may_be_missing(server: Server) -> None:
@@ -271,6 +271,6 @@ def test_loop_devices_are_not_raced_for(server: Server) -> None:
         os.killpg(thief.pid, 9)
         thief.wait()
         kill(thief.pid)
-    for mine in Path("/sys/block").glob("loop*/loop/backing_file"):
-        if mine.read_text().strip() == str(small_image()):
-            loop.detach(f"/dev/{mine.parts[3]}")
+    for device, file in backing_files():
+        if file == str(small_image()):
+            loop.detach(device)

@@ -17,6 +17,7 @@ from imageapi.config import Site
 from imageapi.drivers.base import driver
 from imageapi.linux import loop
 from imageapi.records import AnyRecord
+from lab.machine import backing_files
 
 ATTRIBUTES_VALID = 1.1
 """Seconds for which the kernel answers questions about the exported file itself: QEMU allows it one."""
@@ -67,9 +68,8 @@ def assert_nothing_left(site: Site, when: str) -> None:
 
 
 def loops(site: Site) -> list[str]:
-    """The files of the site that loop devices stand on. Asked is sysfs: a device of a neighbour's may hang."""
-    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-    return [file for file in files if file.startswith(f"{site.run_dir}/")]
+    """The files of the site that loop devices stand on."""
+    return [file for _, file in backing_files() if file.startswith(f"{site.run_dir}/")]
 
 
 def can_be_asked(device: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imageapi.linux import cgroup
+from lab.machine import backing_files
 from lab.processes import processes
 from lab.server import Server, alive
 from lab.session import current
@@ -80,14 +81,7 @@ def _loops(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
     wanted = {device for record in records.values() if (device := record["facts"].get("device_file"))}
     session = current()
     ours = (f"{run_dir}/", *([f"{session.images}/"] if session else ()))
-    yield from _differ("loop device", wanted, {device for device, file in _backed() if file.startswith(ours)})
-
-
-def _backed() -> Iterator[tuple[str, str]]:
-    """Each loop device in use, with its file."""
-    for node in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            yield f"/dev/{node.parts[3]}", node.read_text().rstrip()
+    yield from _differ("loop device", wanted, {device for device, file in backing_files() if file.startswith(ours)})
 
 
 def _helpers(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
