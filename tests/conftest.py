@@ -84,6 +84,16 @@ def _require_unchanged(machine: Machine, before: set[Trace], who: str) -> None:
 @pytest.fixture
 def run_dir(machine: Machine) -> Iterator[Path]:
     """A fresh directory in memory. What the test mounts in it, the test must umount."""
+    yield from _directory(machine)
+
+
+@pytest.fixture(scope="module")
+def module_run_dir(machine: Machine, machine_unchanged_by_the_module: None) -> Iterator[Path]:
+    """The same for all tests of a module."""
+    yield from _directory(machine)
+
+
+def _directory(machine: Machine) -> Iterator[Path]:
     path = machine.session.fast / f"run-{secrets.token_hex(3)}"
     path.mkdir(mode=0o755)
     yield path

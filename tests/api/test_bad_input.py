@@ -13,17 +13,24 @@ from typing import Any
 import httpx
 import pytest
 
-from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, running, squashfs, writable
+from lab.machine import Machine
+from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, lent, shared, squashfs, writable
 
 pytestmark = pytest.mark.api
 
 OPTIONS = ("--read-timeout", "1s", "--max-body-size", "64KB")
 
 
+@pytest.fixture(scope="module")
+def impatient(machine: Machine, module_run_dir: Path) -> Iterator[Server]:
+    with shared(machine, module_run_dir, *OPTIONS) as server:
+        yield server
+
+
 @pytest.fixture
-def server(run_dir: Path) -> Iterator[Server]:
+def server(impatient: Server) -> Iterator[Server]:
     """A server whose patience is short. Nothing that is refused may change it."""
-    with running(run_dir, *OPTIONS) as server:
+    with lent(impatient) as server:
         yield server
         assert [one for one in server.everything() if not one["refs"]] == []
 
@@ -144,8 +151,8 @@ def test_an_image_that_is_none(server: Server, tmp_path: Path, spoil: Any, words
 
 
 def test_a_reference_of_the_wrong_kind(server: Server) -> None:
-    server.post("/mount", squashfs())
-    problem = server.refused("POST", "/container", 422, nested({"id": 0, "kind": "overlay"}))
+    made = server.post("/mount", squashfs())
+    problem = server.refused("POST", "/container", 422, nested({"id": made["id"], "kind": "overlay"}))
     assert problem["path"] == "$.mount.overlay.lower[0].kind"
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.server import Server, eventually, running, squashfs
+from lab.machine import Machine
+from lab.server import Server, eventually, lent, running, shared, squashfs
 
 pytestmark = pytest.mark.api
 
@@ -68,10 +69,17 @@ def _complete(data: bytes) -> bool:
     return length is not None and len(body) >= int(length[1])
 
 
-@pytest.fixture
-def tcp(run_dir: Path) -> Iterator[Tcp]:
+@pytest.fixture(scope="module")
+def listening(machine: Machine, module_run_dir: Path) -> Iterator[Server]:
     options = ("--scheme", "http", "--port", "0", "--max-header-size", "8KB", "--read-timeout", "500ms")
-    with running(run_dir, *options, "--allowed-host", "node7.cluster", "--listen-limit", "5") as server:
+    more = ("--allowed-host", "node7.cluster", "--listen-limit", "5")
+    with shared(machine, module_run_dir, *options, *more) as server:
+        yield server
+
+
+@pytest.fixture
+def tcp(listening: Server) -> Iterator[Tcp]:
+    with lent(listening) as server:
         yield Tcp(server)
 
 

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from lab.images import small_image
+from lab.machine import Machine
 from lab.processes import find
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -215,6 +216,21 @@ def running_as(server: Server) -> Iterator[None]:
     finally:
         server.stop()
         server.http.close()
+
+
+@contextlib.contextmanager
+def shared(machine: Machine, run_dir: Path, *options: str) -> Iterator[Server]:
+    """A server for the tests of a module that only ask and are refused; each gets it `lent`."""
+    with machine.lending(), running(run_dir, *options) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def lent(server: Server) -> Iterator[Server]:
+    """A shared server, which has nothing when the test is over."""
+    yield server
+    server.clear()
+    server.reconnect()
 
 
 @pytest.fixture
