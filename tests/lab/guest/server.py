@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,12 +16,15 @@ from lab.guest.link import GuestError
 from lab.guest.network import Network
 from lab.guest.state import State
 from lab.images import small_image
-from lab.server import Api, eventually
+from lab.server import SOURCE, Api, eventually
+from tools import images
 
 RUN_DIR = "/run/imageapi"
 LOG = "/run/imageapi-server.log"
 STARTS = 60.0
 """Seconds; under emulation two or three."""
+PID = "pid"
+"""The file beside a saved state that has the server's pid."""
 
 
 class GuestServer(Api):
@@ -89,26 +94,44 @@ def running(guest: Guest, *options: str) -> Iterator[GuestServer]:
 
 
 def serving(state: State, network: Network, directory: Path) -> tuple[State, int]:
-    """A state like `state` in which the server runs and has served, and its pid: starting it under emulation takes
-    seconds. Its code is in the guest's memory, since what is shared keeps a state from being saved."""
-    saved = State(state.shape, directory / "state")
-    saved.directory.mkdir()
+    """A state like `state` in which the server runs and has served, and its pid. It is made on first use of this code,
+    since starting it under emulation takes seconds; `directory` is for what is there only meanwhile."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(SOURCE.rglob("*.py")), Path(__file__))))
+    made_of = f"{state.directory} {state.memory.stat().st_mtime_ns} {code.hexdigest()}"
+    saved = State(state.shape, images.cached("guest-serving", "d", made_of, partial(_save, state, network, directory)))
+    return saved, int((saved.directory / PID).read_text())
+
+
+def _save(state: State, network: Network, directory: Path, to: Path) -> None:
+    """Its code is in the guest's memory, since what is shared keeps a state from being saved; what was compiled of it
+    here is known by its times."""
+    saved = State(state.shape, to)
+    to.mkdir()
     for name in ("memory", "devices"):
-        subprocess.run(["cp", "--sparse=always", state.directory / name, saved.directory / name], check=True)
+        subprocess.run(["cp", "--sparse=always", state.directory / name, to / name], check=True)
     with restored(saved, network, directory, keep=True) as guest:
-        guest.sh("cp -r /imageapi/src /lab/src; umount /imageapi")
+        guest.sh("cp -a /imageapi/src /lab/src; umount /imageapi")
         server = GuestServer(guest)
         server.start()
         _serve_once(server)
+        (to / PID).write_text(str(server.pid))
         guest.save(saved)
-    return saved, server.pid
 
 
 def _serve_once(server: GuestServer) -> None:
-    """What is imported for the first request is imported; the connection is closed before the state is saved."""
+    """What is imported for the first request, and for the first look at the host, is imported; after a look that took
+    long the server waits ten times as long, and no guest shall begin with that. The connection is closed before the
+    state is saved."""
     path = server.guest.put(small_image(), "/tmp/image")
     mount = {"fs_type": "squashfs", "mount_options": ["ro"], "loopback": {"path": path, "base": "root", "ro": True}}
-    made = server.post("/mount/loopback", mount)
-    server.delete(f"/mount/loopback/{made['id']}")
+    for _ in range(2):
+        made = server.post("/mount/loopback", mount)
+        server.guest.run("umount", made["mountpoint"])
+        eventually(partial(_has_problem, server, made["id"]), "its end is seen", 3 * STARTS)
+        server.delete(f"/mount/loopback/{made['id']}")
     server.guest.run("rm", path)
     server.http.close()
+
+
+def _has_problem(server: GuestServer, mount: int) -> bool:
+    return "problem" in server.get(f"/mount/{mount}")
