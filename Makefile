@@ -28,8 +28,12 @@ UNITS := /etc/systemd/system
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest",
 # of which the figure `guest` is measured in the guest lab.
 PYTEST := $(BIN)/python -m pytest
+# Where Python may not keep what it has compiled, each server of a test would do it again; a guest can never keep it, and
+# takes ten times as long.
+COMPILED := $(BIN)/python -m compileall -q src tests tools
 
-.PHONY: help setup setup-dev install check test host-tier guest-tier test-pure lab soak demo bench bench-images flame lock clean
+.PHONY: help setup setup-dev install check test test-api test-below-the-api test-in-guests test-drivers-in-guests test-pure
+.PHONY: lab soak demo bench bench-images flame lock clean .FORCE
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -44,21 +48,35 @@ check: $(VENV)/stamp-dev  ## Lint and type-check.
 	$(BIN)/mypy
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
-# The two tiers work side by side: what runs in guests is of no concern to this machine's kernel. A narrowed run is one.
-test: check test-packages  ## Check, then run every test on the real kernel, and on a stock one in guests (needs root).
+# Its parts work side by side, since most of the time each of them waits for something. None is in another's way: a run
+# of tests leaves out of its looks at this machine what is another run's, and what runs in guests is of no concern to
+# this machine's kernel. The longest shows how far it is; what the others say comes at the end. A narrowed run is one.
+PARTS := test-below-the-api test-in-guests test-drivers-in-guests test-pure check
+test: $(VENV)/stamp-dev test-packages  ## Check, and run every test on the real kernel, and on a stock one in guests (needs root).
+	$(COMPILED)
 ifdef PYTEST_ARGS
+	@$(MAKE) --no-print-directory check
 	$(PYTEST) $(PYTEST_ARGS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 host-tier guest-tier; status=$$?; \
-		cat build/guest-tier.log; exit $$status
+	@mkdir -p build
+	@$(MAKE) --no-print-directory --keep-going --jobs test-api $(PARTS:%=log-of-%); status=$$?; \
+		for part in $(PARTS); do echo "--- $$part"; cat build/$$part.log; done; exit $$status
 endif
 
-host-tier:
-	$(PYTEST) -m "not guest"
+test-api:
+	$(PYTEST) -m "not guest and not pure" tests/api
 
-guest-tier:
-	@mkdir -p build
-	@$(PYTEST) -m guest > build/guest-tier.log 2>&1
+test-below-the-api:
+	$(PYTEST) -m "not guest and not pure" --ignore=tests/api
+
+test-in-guests:
+	$(PYTEST) -m guest --ignore=tests/drivers
+
+test-drivers-in-guests:
+	$(PYTEST) -m guest tests/drivers
+
+log-of-%: .FORCE
+	@$(MAKE) --no-print-directory $* >build/$*.log 2>&1
 
 test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts: seconds.
 	$(PYTEST) -m pure $(PYTEST_ARGS)
