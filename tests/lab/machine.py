@@ -94,8 +94,10 @@ class Machine:
                 yield Trace("mount", f"{own} {' '.join(rest.split()[:2])}")
 
     def _loops(self) -> Iterator[Trace]:
+        """One whose file was on what is not mounted any more has lost its path, and may be another run's."""
+        pathless = any(neighbours(self.session))
         for device, file in backing_files():
-            if not self._is_foreign(file):
+            if not self._is_foreign(file) and not (pathless and file == "/"):
                 yield Trace("loop device", f"{device} on {file}")
 
     def _is_foreign(self, text: str) -> bool:
