@@ -32,8 +32,8 @@ PYTEST := $(BIN)/python -m pytest
 # takes ten times as long.
 COMPILED := $(BIN)/python -m compileall -q src tests tools
 
-.PHONY: help setup setup-dev install check test test-api test-below-the-api test-in-guests test-drivers-in-guests test-pure
-.PHONY: lab soak demo bench bench-images flame lock clean .FORCE
+.PHONY: help setup setup-dev install check test test-api test-below-the-api test-quiet test-in-guests
+.PHONY: test-drivers-in-guests test-pure lab soak demo bench bench-images flame lock clean .FORCE
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -50,24 +50,30 @@ check: $(VENV)/stamp-dev  ## Lint and type-check.
 
 # Its parts work side by side, since most of the time each of them waits for something. None is in another's way: a run
 # of tests leaves out of its looks at this machine what is another run's, and what runs in guests is of no concern to
-# this machine's kernel. The longest shows how far it is; what the others say comes at the end. A narrowed run is one.
-PARTS := test-below-the-api test-in-guests test-drivers-in-guests test-pure check
+# this machine's kernel. What needs a quiet host comes when the others on it have ended. The longest shows how far it is;
+# what the others say comes at the end. A narrowed run is one.
+PARTS := test-quiet test-below-the-api test-in-guests test-drivers-in-guests test-pure check
 test: $(VENV)/stamp-dev test-packages  ## Check, and run every test on the real kernel, and on a stock one in guests (needs root).
 	$(COMPILED)
 ifdef PYTEST_ARGS
 	@$(MAKE) --no-print-directory check
 	$(PYTEST) $(PYTEST_ARGS)
 else
-	@mkdir -p build
+	@mkdir -p build && rm -f $(PARTS:%=build/%.log)
 	@$(MAKE) --no-print-directory --keep-going --jobs test-api $(PARTS:%=log-of-%); status=$$?; \
 		for part in $(PARTS); do echo "--- $$part"; cat build/$$part.log; done; exit $$status
 endif
 
 test-api:
-	$(PYTEST) -m "not guest and not pure" tests/api
+	$(PYTEST) -m "not guest and not pure and not quiet" tests/api
 
 test-below-the-api:
 	$(PYTEST) -m "not guest and not pure" --ignore=tests/api
+
+test-quiet:
+	$(PYTEST) -m quiet
+
+log-of-test-quiet: test-api log-of-test-below-the-api
 
 test-in-guests:
 	$(PYTEST) -m guest --ignore=tests/drivers

@@ -82,6 +82,7 @@ def test_a_container_costs_no_process_but_its_own(server: Server) -> None:
         server.delete(f"/container/{one['id']}?force=true")
 
 
+@pytest.mark.quiet
 def test_nobody_wakes_up_when_nothing_happens(server: Server) -> None:
     warm(server)
     running = server.post("/container", box(FOREVER))
