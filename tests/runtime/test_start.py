@@ -281,15 +281,19 @@ def test_an_ended_container_is_started_again(supervised: Supervised) -> None:
     assert [life.attempt for life in supervised.do(supervised.client.list())] == [3]
 
 
+def descriptors_at_rest(supervised: Supervised) -> int:
+    """How many it has when the next child is parked, and the keep left: the way back is one, too."""
+    in_waiting(supervised)
+    eventually(lambda: _mounts(supervised) == 2, "it has left the keep, where it parks the next child")
+    return len(os.listdir(f"/proc/{supervised.pid}/fd"))
+
+
 def test_two_hundred_starts_leave_nothing(supervised: Supervised) -> None:
     supervised.end_of(supervised.start("/bin/true"))
-    in_waiting(supervised)
-    descriptors = len(os.listdir(f"/proc/{supervised.pid}/fd"))
+    descriptors = descriptors_at_rest(supervised)
     for _ in range(200):
         assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
-    in_waiting(supervised)
-    assert len(os.listdir(f"/proc/{supervised.pid}/fd")) <= descriptors
-    eventually(lambda: _mounts(supervised) == 2, "it has left the keep, where it parks the next child")
+    assert descriptors_at_rest(supervised) <= descriptors
     supervised.do(supervised.client.forget(0, 201))
     assert supervised.kept() == set()
 
