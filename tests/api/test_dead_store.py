@@ -91,3 +91,15 @@ def test_what_hangs_in_one_directory_takes_no_places_from_another(server: Server
         dying.work()
         assert all(answer.result().status_code == 201 for answer in answers)
     server.clear()
+
+
+def test_what_stands_on_a_file_system_that_has_died_can_be_deleted(server: Server, dying: Shown) -> None:
+    """The kernel asks that file system when it is asked whose a loop device is."""
+    server.post("/container", on(dying.path, "there") | {"state": "running"})
+    alone = server.post("/attach/loopback", image(path=str(dying.path), ro=False))
+    dying.die()
+    server.delete(f"/attach/loopback/{alone['id']}")
+    server.kill()
+    server.start()
+    server.delete("/container/byname/there?force=true")
+    assert server.everything() == []

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from imageapi.linux import mountinfo
 from lab.images import small_image
 from lab.server import eventually
 
@@ -31,10 +32,17 @@ class Shown:
     def work(self) -> None:
         self._daemon.send_signal(signal.SIGCONT)
 
+    def die(self) -> None:
+        """From now on everybody is told that nothing is connected (ENOTCONN)."""
+        self._daemon.kill()
+        self._daemon.wait()
+
     def end(self) -> None:
         self.work()
         self._daemon.terminate()
         self._daemon.wait()
+        if mountinfo.at(str(self.path)):  # a daemon that was killed leaves it
+            subprocess.run(["umount", self.path], check=True)
 
 
 @contextlib.contextmanager

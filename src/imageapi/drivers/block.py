@@ -56,12 +56,13 @@ def facts(device: str, helper: Helper | None = None) -> Facts:
     return Facts(device_file=device, device_id=int(number) if number.isdigit() else None, helper=helper)
 
 
-def detach_loop(device: str, name: str | None = None) -> None:
-    """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent.
+def detach_loop(device: str, name: str | None = None, sequence: int | None = None) -> None:
+    """Take a loop device off its file, if it still carries `name` (any, when None). Idempotent. `sequence`: see
+    loop.detach.
 
     Raises: errors.Conflict naming who has it mounted or open; OSError.
     """
-    if not holders.until(lambda: _detached(device, name)):
+    if not holders.until(lambda: _detached(device, name, sequence)):
         raise busy(device)
 
 
@@ -84,9 +85,9 @@ def set_scheduler(device: str, scheduler: str) -> None:
         ) from None
 
 
-def _detached(device: str, name: str | None) -> bool:
+def _detached(device: str, name: str | None, sequence: int | None) -> bool:
     try:
-        loop.detach(device, name)
+        loop.detach(device, name, sequence)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise

@@ -42,6 +42,10 @@ _CONFIG = struct.Struct(f"=II{_INFO.size}s8Q")
 """struct loop_config: the file, the block size in bytes, the info, reserved words."""
 _BEHIND_ALL = 1 << 60
 _ATTEMPTS = 128
+_FREE = (errno.ENXIO, errno.ENOENT, errno.ENODEV)
+"""What a device fails with that is free, or gone."""
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE, errno.EIO)
+"""What the question whose a device is fails with when its file's file system is dead: the kernel asks that, too."""
 _DETACH_SECONDS = 2.0
 """How long the last other opener (udev looking at the device) may take to close it."""
 
@@ -184,7 +188,7 @@ def status(device: str) -> Status | None:
         with _opened(device, os.O_RDONLY) as fd:
             return _status(fd)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if error.errno in _FREE:
             return None
         raise
 
@@ -203,21 +207,31 @@ def _sequence(fd: int) -> int | None:
         return None
 
 
-def detach(device: str, name: str | None = None) -> None:
+def detach(device: str, name: str | None = None, sequence: int | None = None) -> None:
     """Take `device` off its file, if it still carries `name` (any, when None), and wait until it is really free.
-    Nothing is done to one that is free, gone, or another's.
+    Nothing is done to one that is free, gone, or another's. Where the file's file system is dead, the kernel tells no
+    name: then its number for what the device is must be `sequence`.
 
     Raises: OSError(EBUSY) while it is mounted in any mount namespace, held by another device, or open.
     """
     try:
         with _opened(device, os.O_RDONLY | os.O_EXCL) as fd:
-            if name is not None and _status(fd).name != name:
+            if name is not None and not _is_named(fd, name, sequence):
                 return
             fcntl.ioctl(fd, LOOP_CLR_FD)
     except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if error.errno not in _FREE:
             raise
     _wait_until_free(device, name)
+
+
+def _is_named(fd: int, name: str, sequence: int | None) -> bool:
+    try:
+        return _status(fd).name == name
+    except OSError as error:
+        if error.errno not in _DEAD or sequence is None:
+            raise
+        return _sequence(fd) == sequence
 
 
 def _wait_until_free(device: str, name: str | None) -> None:
@@ -230,12 +244,12 @@ def _wait_until_free(device: str, name: str | None) -> None:
 
 
 def _still_carries(device: str, name: str | None) -> bool:
-    """Whether `device` is attached, under this name (any, when None). A dead file system has no answer (ENOTCONN), but
-    the device stands on it yet."""
+    """Whether `device` is attached, under this name (any, when None). A dead file system has no answer, but the device
+    stands on it yet."""
     try:
         found = status(device)
     except OSError as error:
-        if error.errno != errno.ENOTCONN:
+        if error.errno not in _DEAD:
             raise
         return True
     return found is not None and name in (None, found.name)

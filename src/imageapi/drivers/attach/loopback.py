@@ -49,7 +49,7 @@ class Driver(LocalDriver):
     def release(self, record: AnyRecord, site: Site) -> None:
         device = record.facts.device_file or _find(record, site)
         if device is not None:
-            block.detach_loop(device, site.mark(record.key))
+            block.detach_loop(device, site.mark(record.key), record.facts.detail.get("sequence"))
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
         device = _find(record, site)
