@@ -44,6 +44,10 @@ START_TIMEOUT = 20.0
 """Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two such requests, after many."""
+DISMISSAL = 1.0
+"""Seconds that a start of the server waits for the end of what no record means."""
 
 
 def now() -> str:
@@ -73,17 +77,20 @@ class Containers:
 
     async def connect(self) -> None:
         """Find the supervisor, or have it started, and make its containers and our records one."""
+        dismissed: list[asyncio.Task[None]] = []
         lives = {Key("container", life.id): life for life in await self._supervisor.connect()}
         for key, life in lives.items():
             record = self._graph.find(key)
             if life.starting:
                 self._give_up_start(life.id, life.attempt)
             elif record is None or not self._adopt(record, life):
-                await self._dismiss(life)
+                dismissed.append(self._tasks.linger(self._dismiss(life)))
         for record in self._graph.all("container"):
             if self.active(record) and record.key not in lives:
                 self._tasks.spawn(self._finish(record, None))
             self._take_back(record)
+        if dismissed:  # what they stand on is released next; but one may hang in its storage
+            await asyncio.wait(dismissed, timeout=DISMISSAL)
 
     async def restore(self) -> None:
         """Have the supervisor make again what somebody has removed of its files. Raises: errors.Problem."""
@@ -233,8 +240,10 @@ class Containers:
         return True
 
     async def _forget_later(self, container: int, attempt: int) -> None:
+        pause = ASK_AGAIN
         while not await self._forgotten(container, attempt):
-            await asyncio.sleep(ASK_AGAIN)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _kill(self, record: AnyRecord) -> None:
         if (starting := self._starting.get(record.key)) is not None:
@@ -469,6 +478,7 @@ class Containers:
             await self._supervisor.undo(life.id, life.attempt, self._operation_timeout)
         except Problem as problem:
             log.error("process %d belongs to no container, and does not end: %s", life.pid, problem.message)
+            await self._forget_later(life.id, life.attempt)
 
     def _end_of(self, record: AnyRecord) -> asyncio.Event:
         """What is set when the container's present run has ended."""
