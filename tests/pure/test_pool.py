@@ -327,3 +327,20 @@ def test_a_worker_that_ended_over_its_job_ended_for_lack_of_memory_or_not(
         assert await jobs.run("local", Job("do", "y")) == "Y"
 
     act(scenario)
+
+
+def test_without_the_process_that_forks_them_there_is_no_worker_and_no_supervisor(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks before the server has ended is told why, and what to do."""
+    monkeypatch.setitem(globals(), "_fork_threads", lambda control, _: control.close())
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        while not pool.lost:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Problem, match="ask the next one again"):
+            await jobs.run("local", Job("do", "x"))
+        with pytest.raises(Problem, match="ask the next one again"):
+            pool.start_supervisor()
+
+    act(scenario)

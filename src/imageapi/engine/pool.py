@@ -37,8 +37,17 @@ PATIENCE = 2.0
 """For how many seconds they wait: an idle one costs 2 MB, and a new one 1 ms."""
 
 
+ENDED = "the process that workers are forked from has ended, and the server with it; ask the next one again"
+
+
 class NoWorker(errors.Exhausted):
     """The host has no process for a job, which has had no effect."""
+
+
+def _no_worker(error: OSError, job: Job) -> NoWorker:
+    problem = errors.from_oserror(error, f"starting a worker process to {job.name}")
+    message = ENDED if isinstance(error, ConnectionError) else problem.message
+    return NoWorker(message, **problem.fields)
 
 
 class Job:
@@ -260,7 +269,8 @@ class Pool:
         """A kind that is used for the first time is likely to be used again."""
         for kind in {(job.about.key.collection, job.about.kind) for job in chain.jobs if job.about} - self._loaded:
             self._loaded.add(kind)
-            self._control.send(zygote.loading(*kind))
+            with contextlib.suppress(ConnectionError):  # then no worker can be had, which is told
+                self._control.send(zygote.loading(*kind))
 
     def give_up(self, chain: Chain) -> None:
         """Have no job begun any more. The one under way, if there is one, still ends in its own time."""
@@ -271,8 +281,14 @@ class Pool:
             chain.cancel_from(0)
 
     def start_supervisor(self) -> None:
-        """Have the supervisor forked; it ends at once where another one lives."""
-        self._control.send(zygote.SUPERVISOR)
+        """Have the supervisor forked; it ends at once where another one lives.
+
+        Raises: errors.Problem, when the zygote has ended.
+        """
+        try:
+            self._control.send(zygote.SUPERVISOR)
+        except ConnectionError:
+            raise errors.Problem(ENDED) from None
 
     def close(self) -> None:
         """Let the zygote and its idle workers end."""
@@ -299,8 +315,7 @@ class Pool:
                 (self._new_worker() if store == APART else self._take_worker()).begin(chain)
             except OSError as error:
                 job = chain.jobs.popleft()
-                problem = errors.from_oserror(error, f"starting a worker process to {job.name}")
-                chain.fail(job, NoWorker(problem.message, **problem.fields))
+                chain.fail(job, _no_worker(error, job))
             else:
                 busy.add(chain)
 

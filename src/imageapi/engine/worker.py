@@ -40,8 +40,13 @@ class Reply(NamedTuple):
 
 
 def serve(channel: socket.socket, site: Site) -> None:
-    """Do the jobs that come over `channel` until the other end is gone."""
+    """Do the jobs that come over `channel` until the other end is gone, also in the middle of a message."""
     os.umask(0o022)
+    with contextlib.suppress(ConnectionError):
+        _serve(channel, site)
+
+
+def _serve(channel: socket.socket, site: Site) -> None:
     buffer = packet.buffer()
     while message := packet.receive(channel, buffer):
         for name, arguments in pickle.loads(message):
