@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from imageapi.config import LOG_LIMIT, Site
-from imageapi.errors import Conflict, NotFound, Problem
+from imageapi.errors import Conflict, NotFound, Problem, TimedOut
 from imageapi.linux import cgroup, libc, pidfd
-from imageapi.runtime import output, protocol
+from imageapi.runtime import client, output, protocol
 from lab.supervised import Supervised, detach, eventually
 
 pytestmark = pytest.mark.kernel
@@ -254,6 +254,16 @@ def test_a_start_is_possible_after_the_death(supervised: Supervised) -> None:
         supervised.kill_supervisor()
         supervised.resume()
         assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
+
+
+def test_a_supervisor_that_is_stopped_is_named_with_the_way_out(
+    supervised: Supervised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "CALL_TIMEOUT", 0.05)
+    os.kill(supervised.pid, signal.SIGSTOP)
+    with pytest.raises(TimedOut, match=f"kill -CONT {supervised.pid}$"):
+        supervised.do(supervised.client.list())
+    os.kill(supervised.pid, signal.SIGCONT)
 
 
 def test_a_call_whose_connection_breaks_is_asked_of_the_next_supervisor(supervised: Supervised) -> None:

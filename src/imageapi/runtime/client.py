@@ -13,12 +13,14 @@ import errno
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from imageapi import errors
 from imageapi.config import Site
+from imageapi.linux import pidfd
 from imageapi.runtime import protocol, successor
 from imageapi.runtime.protocol import (
     Answer,
@@ -161,6 +163,8 @@ class Supervisor:
         self._closed = False
         self._launched = float("-inf")
         self.pid: int | None = None
+        self._found = 0
+        """The process that listened at the last attempt; 0 before any."""
 
     async def connect(self) -> list[Life]:
         """Find the supervisor, or have it launched; all lives it knows.
@@ -282,6 +286,9 @@ class Supervisor:
 
     def _silence(self, request: Request, timeout: float) -> str:
         """What to say of a supervisor that does not answer: its log's last line may tell why."""
+        process = pidfd.look(self._found) if self._found else None
+        if process is not None and process.state in "Tt":
+            return f"the supervisor, process {self._found}, is stopped; let it go on: kill -CONT {self._found}"
         path = f"{self._site.supervisor_dir}/{protocol.LOG}"
         with contextlib.suppress(OSError), open(path, errors="replace") as log:
             last = log.read().strip().rpartition("\n")[2]
@@ -314,7 +321,9 @@ class Supervisor:
         return connection
 
     async def _greet(self) -> tuple[_Connection, Welcome]:
-        connection = _Connection(await self._find(), self._hear, self._lost)
+        channel = await self._find()
+        self._found = _listens(channel)
+        connection = _Connection(channel, self._hear, self._lost)
         try:
             return connection, _expect(await connection.ask(self._hello), Welcome)
         except BaseException:
@@ -392,6 +401,7 @@ class Supervisor:
                 break
             except errors.Problem as problem:
                 log.error("there is no supervisor: %s", problem.message)
+                await asyncio.sleep(RELAUNCH)
         for container, attempt in list(self._running.items()):
             life = lives.get(container)
             if life is None or life.attempt != attempt or not life.running:
@@ -409,6 +419,12 @@ def _descriptors(*paths: str) -> Iterator[Sequence[int]]:
     finally:
         for descriptor in opened:
             os.close(descriptor)
+
+
+def _listens(channel: socket.socket) -> int:
+    """The process at the other end of a connection (unix(7), SO_PEERCRED)."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
 
 
 def _is_ours(welcome: Welcome) -> bool:
