@@ -132,6 +132,13 @@ EXHAUSTION = {
 """What an errno says the host has run out of, and the remedy."""
 
 
+CAUSES = {
+    codes.EIO: "the storage under it failed; see the 'problem' of what it stands on, and dmesg",
+    codes.ENOENT: "{path} is not there: it was removed, or something is mounted over it (findmnt tells)",
+}
+"""What an errno says in the middle of our work, where nobody gave it a better meaning."""
+
+
 def from_dict(body: dict[str, Any]) -> Problem:
     """The problem that `to_dict` described, as raised in another process."""
     fields = {name: value for name, value in body.items() if name not in ("code", "message")}
@@ -157,7 +164,8 @@ def from_oserror(error: OSError, step: str) -> Problem:
         return Exhausted(f"{step}: {remedy.format(place=_place(error))}", **fields)
     if number == codes.ETIMEDOUT:
         return TimedOut(f"{step}: it did not finish in time", **fields)
-    return Problem(f"{step}: {error.strerror or error} ({name})", **fields)
+    cause = CAUSES[number].format(path=error.filename or "a file") if number in CAUSES else error.strerror or error
+    return Problem(f"{step}: {cause} ({name})", **fields)
 
 
 def no_memory(step: str) -> Problem:

@@ -56,6 +56,7 @@ def mounted_read_only(record: AnyRecord) -> bool:
 
 def test_what_is_no_device_is_refused_with_a_remedy(bench: Bench, run_dir: Path) -> None:
     (run_dir / "file").touch()
+    (run_dir / "circle").symlink_to("circle")
     os.mknod(run_dir / "nobody", 0o60600, os.makedev(240, 7))
     reasons = {
         str(run_dir / "missing"): "lsblk",
@@ -63,6 +64,7 @@ def test_what_is_no_device_is_refused_with_a_remedy(bench: Bench, run_dir: Path)
         str(run_dir): "no block device",
         str(run_dir / "nobody"): "not there",
         "sda": "relative",
+        str(run_dir / "circle"): "circles of symbolic links",
     }
     for path, reason in reasons.items():
         with pytest.raises(Invalid, match=reason) as refusal:

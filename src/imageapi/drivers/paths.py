@@ -38,11 +38,16 @@ def open_path(definition: Loopback | Bind, inputs: Sequence[AnyRecord]) -> int:
     try:
         return _open_on_host(definition.path) if definition.base == "root" else _open_inside(definition.path, inputs)
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0)
-        if reason is None:
-            raise
         where = "on this host" if definition.base == "root" else f"in {inputs[0].key}"
-        raise Invalid(f"'{definition.path}' {reason.format(where=where)}", path="$.path", errno=_name(error)) from None
+        raise refusal(error, definition.path, where) from None
+
+
+def refusal(error: OSError, path: str, where: str = "on this host") -> Exception:
+    """What to tell of a path that cannot be followed: the error itself, where that is not the path's fault."""
+    reason = _REASONS.get(error.errno or 0)
+    if reason is None:
+        return error
+    return Invalid(f"'{path}' {reason.format(where=where)}", path="$.path", errno=_name(error))
 
 
 def reopen(fd: int, flags: int) -> int:

@@ -49,6 +49,8 @@ def _number(path: str) -> str:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise Invalid(f"there is no '{path}' on this host; lsblk lists the devices it has", path="$.path") from None
+    except OSError as error:
+        raise paths.refusal(error, path) from None
     if not stat.S_ISBLK(found.st_mode):
         hint = "; for an image file use the kind 'loopback'" if stat.S_ISREG(found.st_mode) else ""
         raise Invalid(f"'{path}' is no block device{hint}", path="$.path")
