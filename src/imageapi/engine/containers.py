@@ -44,8 +44,6 @@ START_TIMEOUT = 20.0
 """Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two such requests, after many."""
 DISMISSAL = 1.0
 """Seconds that a start of the server waits for the end of what no record means."""
 
@@ -243,7 +241,7 @@ class Containers:
         pause = ASK_AGAIN
         while not await self._forgotten(container, attempt):
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, 30 * ASK_AGAIN)
 
     async def _kill(self, record: AnyRecord) -> None:
         if (starting := self._starting.get(record.key)) is not None:
