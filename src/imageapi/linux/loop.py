@@ -114,9 +114,9 @@ def _name(name: str) -> bytes:
 
 def _configure_free(file: int, config: bytes, mode: int) -> tuple[str, Status]:
     """LOOP_CONFIGURE the device that LOOP_CTL_GET_FREE offers. Others are offered the same one, so whoever comes
-    second (EBUSY) asks again. One that somebody keeps open exclusively is offered for ever, so then one is added."""
+    second (EBUSY) asks again. One that somebody keeps open exclusively is offered for ever, so it is passed over."""
     for attempt in range(_ATTEMPTS):
-        device = _free_device(add=attempt > _ATTEMPTS // 2)
+        device = _free_device(passed_over=max(0, attempt - _ATTEMPTS // 2))
         try:
             with _opened(device, mode) as fd:
                 return device, _configure(fd, file, config)
@@ -139,7 +139,7 @@ def _configure(device: int, file: int, config: bytes) -> Status:
     return state
 
 
-def _free_device(*, add: bool) -> str:
+def _free_device(*, passed_over: int) -> str:
     with _opened("/dev/loop-control", os.O_RDWR) as control:
         try:
             number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
@@ -147,8 +147,8 @@ def _free_device(*, add: bool) -> str:
             if error.errno == errno.ENOSPC:
                 raise _none(errno.ENOSPC, "the kernel has no more loop devices; detach some (losetup -a)") from error
             raise
-        if add:
-            number = _add_device(control, number + 1)
+        if passed_over:
+            number = _another(control, number + passed_over)
     return _node(number)
 
 
@@ -159,11 +159,15 @@ def _none(number: int, remedy: str) -> Explained:
     return error
 
 
-def _add_device(control: int, number: int) -> int:
-    for candidate in range(number, number + _ATTEMPTS):
-        with contextlib.suppress(FileExistsError):
-            return fcntl.ioctl(control, LOOP_CTL_ADD, candidate)
-    return number
+def _another(control: int, number: int) -> int:
+    """The number of a device, from `number` on, that is free, or is made: a host may have any number of them."""
+    while True:
+        try:
+            return fcntl.ioctl(control, LOOP_CTL_ADD, number)
+        except FileExistsError:
+            if not os.path.exists(f"/sys/block/loop{number}/loop"):
+                return number
+        number += 1
 
 
 def _node(number: int) -> str:
