@@ -44,8 +44,6 @@ START_TIMEOUT = 20.0
 """Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
-DISMISSAL = 1.0
-"""Seconds that a start of the server waits for the end of what no record means."""
 
 
 def now() -> str:
@@ -88,7 +86,7 @@ class Containers:
                 self._tasks.spawn(self._finish(record, None))
             self._take_back(record)
         if dismissed:  # what they stand on is released next; but one may hang in its storage
-            await asyncio.wait(dismissed, timeout=DISMISSAL)
+            await asyncio.wait(dismissed, timeout=ASK_AGAIN)
 
     async def restore(self) -> None:
         """Have the supervisor make again what somebody has removed of its files. Raises: errors.Problem."""
@@ -238,10 +236,8 @@ class Containers:
         return True
 
     async def _forget_later(self, container: int, attempt: int) -> None:
-        pause = ASK_AGAIN
         while not await self._forgotten(container, attempt):
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 30 * ASK_AGAIN)
+            await asyncio.sleep(ASK_AGAIN)
 
     async def _kill(self, record: AnyRecord) -> None:
         if (starting := self._starting.get(record.key)) is not None:
