@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,13 +68,15 @@ def test_a_daemon_that_ends_before_the_device_is_noted_again_is_replaced_as_well
 ) -> None:
     """A device whose file was changed has another sequence number, and shows no file when its daemon is replaced."""
 
-    def never_again(_: str) -> str:
-        raise KeyboardInterrupt
+    def dying(*of: Any, sequence: str = "") -> None:
+        if not sequence:
+            raise KeyboardInterrupt
+        note(*of, sequence=sequence)
 
-    what = record(definition(ceph, image))
+    what, note = record(definition(ceph, image)), export_loop._note
     with attached(site, what) as device:
         end_daemon(what, site)
-        monkeypatch.setattr(export_loop, "_sequence", never_again)
+        monkeypatch.setattr(export_loop, "_note", dying)
         with pytest.raises(KeyboardInterrupt):
             DRIVER.mend(what, site)
         monkeypatch.undo()
@@ -86,7 +89,7 @@ def test_a_daemon_that_ends_before_the_device_is_noted_again_is_replaced_as_well
 def end_daemon(what: AnyRecord, site: Site) -> None:
     (pid,) = daemons(site).values()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end is seen")
+    wait_until(lambda: not storage_daemon.standing(site, what.key), "the daemon's end is seen")
 
 
 def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
