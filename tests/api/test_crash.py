@@ -117,6 +117,14 @@ def test_a_death_at_any_step_of_a_start_loses_nothing(lab: Lab) -> None:
 
 
 @pytest.mark.ceph
+@pytest.mark.parametrize("lab_on_a_helper", ["on_ceph"], indirect=True)
+def test_the_end_of_a_first_try_is_not_taken_for_the_end_of_the_second(lab_on_a_helper: Lab) -> None:
+    """The supervisor dies when the command runs and before it has said so; the server ends that, and tries again."""
+    step = Step("super recv container._listen_to < container._on_tie", 1)
+    assert lab_on_a_helper.interrupt(start_again, step, "helper and supervisor")
+
+
+@pytest.mark.ceph
 def test_a_death_of_a_storage_helper_at_any_step_loses_nothing(lab_on_a_helper: Lab) -> None:
     """Alone, and together with others; while it is replaced, too."""
     seen: set[str] = set()

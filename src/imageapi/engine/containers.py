@@ -341,7 +341,9 @@ class Containers:
         except Problem as problem:
             if not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
                 raise self._explained(record, problem) from problem
+        run.attempt += 1  # the end of what came of the first try may still be told, and is not this one's
         try:
+            self._ledger.change(record)
             return await self._ask_to_execute(record, run, (STARTING,))
         except Problem as problem:
             raise self._explained(record, problem) from problem
