@@ -336,10 +336,9 @@ class Containers:
         """
         try:
             return await self._ask_to_execute(record, run, told)
-        except TimedOut:
-            raise
         except Problem as problem:
-            if not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
+            late = isinstance(problem, TimedOut)
+            if late or not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
                 raise self._explained(record, problem) from problem
         run.attempt += 1  # the end of what came of the first try may still be told, and is not this one's
         try:
@@ -358,8 +357,7 @@ class Containers:
     async def _ask_to_execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
         facts = self._mount_of(record).facts
         assert facts.mountpoint is not None, "it is mounted"
-        order = self._order(record, run, facts, told)
-        return await self._supervisor.start(order, os.path.dirname(facts.mountpoint))
+        return await self._supervisor.start(self._order(record, run, facts, told), os.path.dirname(facts.mountpoint))
 
     def _mount_of(self, record: AnyRecord) -> AnyRecord:
         """What the container runs on.
