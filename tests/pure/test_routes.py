@@ -36,7 +36,7 @@ class Client:
         transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080/imageapi/v1") as client:
             answer = await client.request(method, path, json=body, **more)
-        assert answer.headers["content-type"] == "application/json"
+        assert answer.headers.get("content-type") == (None if answer.status_code == 204 else "application/json")
         return answer
 
     def get(self, path: str) -> Any:
@@ -198,6 +198,29 @@ DELETES: list[tuple[str, dict[str, Any]]] = [
     ("/attach/loopback/0", {"id": 0, "path": "/image"}),
     ("/attach?id=0", {"id": 0, "kind": "loopback"}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("prefer", "code"),
+    [
+        ("return=minimal", 204),
+        ('respond-async, Return = "minimal"; x=y, wait=10', 204),
+        ("return=representation, return=minimal", 200),
+        ("return=representation", 200),
+        ("minimal", 200),
+    ],
+)
+def test_a_client_may_do_without_the_object(full: Client, prefer: str, code: int) -> None:
+    """204 is for who asks for it, and says that it was asked for; what is made or read is shown nevertheless."""
+    preferred = {"headers": {"prefer": prefer}}
+    assert full.ask("GET", "/container/1", **preferred).status_code == 200
+    assert full.ask("POST", "/mount", {"kind": "bind", "bind": BIND}, **preferred).status_code == 201
+    for method, path in (("PATCH", "/container?id=1&state=running"), ("DELETE", "/container/1?force=true")):
+        answer = full.ask(method, path, **preferred)
+        assert answer.status_code == code
+        assert answer.headers.get("preference-applied") == ("return=minimal" if code == 204 else None)
+        assert ("content-length" in answer.headers, answer.content == b"") == (code == 200, code == 204)
+    assert full.ask("DELETE", "/container/1", **preferred).json()["code"] == 404
 
 
 @pytest.mark.parametrize(("path", "last"), DELETES)

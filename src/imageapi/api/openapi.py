@@ -13,7 +13,8 @@ import msgspec
 from imageapi import __version__, spec
 from imageapi.api.dialects import ALIASES, KINDS
 from imageapi.api.paths import Route
-from imageapi.api.resource import Operation, Resource
+from imageapi.api.problems import MINIMAL
+from imageapi.api.resource import BRIEF, Operation, Resource
 from imageapi.api.rules import MOST_ADDRESSES
 from imageapi.spec import Finding, Mount, Progress, Spec
 
@@ -99,6 +100,7 @@ def _operation(method: str, operation: Operation, place: Place) -> Schema:
         "parameters": [*_parameters(place.path, operation)],
         "responses": {
             "201" if operation.reads else "200": _content({"type": "array", "items": one} if many else one),
+            **({"204": {"description": f"Done; asked for by Prefer: {MINIMAL}"}} if method in BRIEF else {}),
             "default": _content(_reference("Problem")),
         },
     }

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 JSON = "application/json"
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MINIMAL = "return=minimal"
+"""The preference of a client that needs no picture of what it has changed."""
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -30,10 +32,18 @@ class Json:
         self.headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = headers_of(self._body)
+        headers = headers_of(self._body) if self._body else []
         headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in self.headers.items()]
         await send({"type": "http.response.start", "status": self._status, "headers": headers})
         await send({"type": "http.response.body", "body": self._body})
+
+
+class Done(Json):
+    """That all is well and no more, for a client that asked for as little (RFC 7240, 4.2)."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 204, **{"preference-applied": MINIMAL})
+        self._body = b""
 
 
 def answer(problem: Problem) -> Json:

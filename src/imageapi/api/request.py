@@ -38,6 +38,14 @@ class Request:
         """The first value of a header, whose name is in lower case."""
         return next(iter(header_values(self._scope, name)), None)
 
+    def prefers(self, preference: str) -> bool:
+        """Whether the client has asked for a preference, such as `return=minimal` (RFC 7240, 2). Of several that differ
+        in their value the first counts."""
+        asked = ",".join(header_values(self._scope, b"prefer")).lower().replace('"', "").split(",")
+        said = ("".join(one.partition(";")[0].split()) for one in asked)
+        name = preference.partition("=")[0]
+        return preference == next((one for one in said if one.partition("=")[0] == name), None)
+
     def says_slash_in_code(self) -> bool:
         """Whether the path as it was sent has an encoded slash, which is in `path` like any other."""
         return b"%2f" in self._scope.get("raw_path", b"").lower()

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from imageapi.api import body
-from imageapi.api.problems import Json, answer, bug
+from imageapi.api.problems import MINIMAL, Done, Json, answer, bug
 from imageapi.api.query import Query
 from imageapi.api.request import Gone, Request
 from imageapi.errors import Exhausted, MethodNotAllowed, NotFound, Problem, no_memory
 
+BRIEF = ("DELETE", "PATCH")
+"""The methods that answer without a body when asked to. What a POST has made has an id that its client needs."""
 Handler = Callable[[Request, Query], Awaitable[Json]]
 
 
@@ -52,4 +54,5 @@ class Resource:
             allow = sorted(self.operations)
             raise MethodNotAllowed(f"{request.method} is not for this path; there are {', '.join(allow)}", allow=allow)
         body.check_type(request)
-        return await operation.handler(request, Query(request, *operation.query))
+        found = await operation.handler(request, Query(request, *operation.query))
+        return Done() if request.method in BRIEF and request.prefers(MINIMAL) else found
