@@ -15,6 +15,8 @@ from imageapi.records import Key
 Backend = Literal["auto", "kernel", "daemon"]
 """Who attaches the images of a store: the kernel's driver, a storage daemon, or whichever is there."""
 
+BASE = "/imageapi/v1"
+"""What all paths of the API begin with."""
 DEFAULT_RUN_DIR = "/var/run/imageapi"
 DEFAULT_SOCKET = "/var/run/imageapi.sock"
 LOG_LIMIT = 16 << 20

@@ -94,7 +94,7 @@ def test_what_somebody_has_taken_away(server: Server, report: Report, tmp_path: 
     file.unlink()
     found = server.get("/check")
     assert [(one["collection"], one["id"]) for one in found] == [("attach", 0), ("mount", 0)]
-    assert found[1]["remedy"] == "delete mount 0 with force, and make it again"
+    assert found[1]["remedy"] == "DELETE /imageapi/v1/mount/0?force=true; then make it again"
     status, lines, _ = report()
     assert status == 1
     assert lines[::2] == [f"{one['collection']} {one['id']}: {one['problem']}" for one in found]
@@ -102,6 +102,21 @@ def test_what_somebody_has_taken_away(server: Server, report: Report, tmp_path: 
     server.delete("/attach/0")
     assert server.get("/check") == []
     assert loop.status(attached["device_file"]) is None
+
+
+def test_what_is_lost_is_deleted_after_all_that_stands_on_it(server: Server, report: Report) -> None:
+    """The requests of the remedy, in turn, leave nothing: what nobody asked for by itself goes by itself."""
+    lower = server.post("/mount", squashfs())
+    server.post("/container", {"mount": {"kind": "overlay", "overlay": {"lower": [lower["id"]]}}, "command": FOREVER})
+    subprocess.run(["umount", "--lazy", lower["mountpoint"]], check=True)
+    [found] = server.get("/check")
+    requests = "DELETE /imageapi/v1/container/0?force=true, then DELETE /imageapi/v1/mount/0?force=true"
+    assert (found["collection"], found["id"]) == ("mount", lower["id"])
+    assert found["remedy"] == f"{requests}; then make it again"
+    assert report()[1][1] == f"    {found['remedy']}"
+    for request in requests.split(", then "):
+        server.delete(request.removeprefix("DELETE /imageapi/v1"))
+    assert server.get("/check") == server.get("/mount") == []
 
 
 def test_what_a_dead_supervisor_has_left(server: Server, report: Report) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from imageapi.api.routes import BASE
+from imageapi.config import BASE
 from imageapi.engine.pool import PER_STORE
 from imageapi.linux import loop
 from lab import images

@@ -7,8 +7,8 @@ from imageapi.api.guard import Guard
 from imageapi.api.paths import Paths
 from imageapi.api.problems import Json, answer
 from imageapi.api.request import App, Receive, Request, Scope, Send
-from imageapi.api.routes import BASE, Routes
-from imageapi.config import Config
+from imageapi.api.routes import Routes
+from imageapi.config import BASE, Config
 from imageapi.engine.engine import Engine
 from imageapi.errors import NotFound
 

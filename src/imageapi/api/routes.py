@@ -14,14 +14,13 @@ from imageapi.api.problems import Json
 from imageapi.api.query import Query, number
 from imageapi.api.request import Request
 from imageapi.api.resource import Operation, Resource
-from imageapi.config import Config
+from imageapi.config import BASE, Config
 from imageapi.engine import stages
 from imageapi.engine.engine import Engine
 from imageapi.engine.graph import Picture
 from imageapi.errors import Invalid, NotFound, Problem
 from imageapi.records import Key
 
-BASE = "/imageapi/v1"
 View = Callable[[Picture], Any]
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from imageapi.linux import inotify, mountinfo
 from imageapi.linux.mountinfo import Mount
-from imageapi.records import AnyRecord
 
 LOCAL = frozenset(
     {
@@ -23,6 +22,10 @@ LOCAL = frozenset(
     }
 )
 """File systems that ask no other host."""
+
+
+DELETE = "{delete}"
+"""In a remedy: that the object is deleted, and before it all that stands on it, of which the report knows."""
 
 
 class Wrong(NamedTuple):
@@ -34,15 +37,10 @@ class Wrong(NamedTuple):
     loss: str | None = None
 
 
-def gone(record: AnyRecord) -> Wrong:
+def gone() -> Wrong:
     """The verdict on an object of which the kernel knows nothing."""
     problem = "it is gone from the kernel; delete it, and make it again"
-    return Wrong(problem, delete(record), "is gone from the kernel")
-
-
-def delete(record: AnyRecord) -> str:
-    """The remedy for what nothing else mends."""
-    return f"delete {record.key} with force, and make it again"
+    return Wrong(problem, DELETE, "is gone from the kernel")
 
 
 class Host:

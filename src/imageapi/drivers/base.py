@@ -90,7 +90,7 @@ class Audited:
     """The audit of a kind whose `observe` asks no storage."""
 
     def audit(self: Driver, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
-        return gone(record) if self.observe(record, site) is None else None
+        return gone() if self.observe(record, site) is None else None
 
 
 class LocalDriver(Audited):

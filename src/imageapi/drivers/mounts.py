@@ -18,7 +18,7 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import holders
-from imageapi.drivers.audit import Host, Wrong, delete, gone
+from imageapi.drivers.audit import DELETE, Host, Wrong, gone
 from imageapi.drivers.base import LocalDriver
 from imageapi.errors import Conflict
 from imageapi.linux import mount, mountid, mountinfo, users, ustat
@@ -101,11 +101,11 @@ class MountDriver(LocalDriver):
         if ours and len(stack) == 1:
             return None
         if not stack:
-            return gone(record)
+            return gone()
         over = _over(_stranger(stack[-1]), path)
         if ours:
             return Wrong(f"{over}; umount it there", f"umount {path}")
-        remedy = f"umount {path}, and {delete(record)}"
+        remedy = f"umount {path}, and {DELETE}"
         return Wrong(f"it is gone from the kernel, and {over}", remedy, "is gone from the kernel")
 
 

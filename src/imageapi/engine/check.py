@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from imageapi.config import Config, Site
-from imageapi.drivers.audit import Host, delete
+from imageapi.config import BASE, Config, Site
+from imageapi.drivers.audit import DELETE, Host
 from imageapi.engine import rundir
 from imageapi.engine.audit import Found, Report, audit, is_live
 from imageapi.engine.sweep import SEARCHES, Known, Search
 from imageapi.linux import killable
-from imageapi.records import AnyRecord, Phase
+from imageapi.records import AnyRecord, Key, Phase
 from imageapi.runtime import leftovers
 from imageapi.runtime.leftovers import Leftover, Scene
 from imageapi.store import peek
@@ -45,7 +45,8 @@ def check(site: Site, boot_id: str) -> Report:
         time.sleep(pause)
         again = _look(site, boot_id)
         report = Report([one for one in report.found if one in again.found], report.unseen | again.unseen)
-    return report
+    records = peek(site.state_dir)[0]
+    return report._replace(found=[_spelled(one, records) for one in report.found])
 
 
 def _look(site: Site, boot_id: str) -> Report:
@@ -107,8 +108,26 @@ def _pending(records: Iterable[AnyRecord]) -> list[Found]:
     bereft = [record for record in every if record.phase is Phase.LIVE and not keys.issuperset(record.edges())]
     return [
         *(Found(record.problem or "", "see to what is said of it", record.key) for record in pending),
-        *(Found("what it stands on was deleted", delete(record), record.key) for record in bereft),
+        *(Found("what it stands on was deleted", DELETE, record.key) for record in bereft),
     ]
+
+
+def _spelled(one: Found, records: list[AnyRecord]) -> Found:
+    """With the requests that its remedy stands for."""
+    if one.about is None or DELETE not in one.remedy:
+        return one
+    requests = [f"DELETE {BASE}/{key.collection}/{key.id}?force=true" for key in _deletions(one.about, records)]
+    return one._replace(remedy=one.remedy.replace(DELETE, f"{', then '.join(requests)}; then make it again"))
+
+
+def _deletions(key: Key, records: list[AnyRecord]) -> list[Key]:
+    """What is to be deleted, in this order, to be rid of an object and of all that stands on it; the rest goes with
+    what was made of it."""
+    affected = [record for record in records if record.key == key]
+    for one in affected:
+        affected += [record for record in records if one.key in record.edges() and record not in affected]
+    used = {edge for record in affected for edge in record.edges()}
+    return [record.key for record in reversed(affected) if record.pinned or record.key not in used] or [key]
 
 
 def _unreadable(path: str) -> Found:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from imageapi.config import Site
 from imageapi.drivers import block, paths
-from imageapi.drivers.audit import Host, Wrong, delete, gone
+from imageapi.drivers.audit import DELETE, Host, Wrong, gone
 from imageapi.drivers.base import LOCAL_STORE, LocalDriver
 from imageapi.drivers.paths import open_path, reopen
 from imageapi.errors import Invalid, Unsupported
@@ -62,7 +62,7 @@ class Driver(LocalDriver):
         backing = loop.backing_path(device)
         sequence = loop.attribute(device, "diskseq")
         if not backing or sequence != str(detail.get("sequence") or sequence):
-            return gone(record)
+            return gone()
         if backing.endswith(DELETED):
             return _replaced(record)
         return _changed(record, backing, device, host) if host.is_local(backing) else None
@@ -118,13 +118,13 @@ def _replaced(record: AnyRecord) -> Wrong:
 def _cut(record: AnyRecord, size: int) -> Wrong:
     what = f"was cut to {size} bytes while it was attached"
     problem = f"'{record.definition.path}' {what}: what lay behind is lost; delete this, and make it again"
-    return Wrong(problem, delete(record), f"has lost a part of its file, which {what}")
+    return Wrong(problem, DELETE, f"has lost a part of its file, which {what}")
 
 
 def _written(record: AnyRecord) -> Wrong:
     """It may be that nothing has changed but the file's time, so nobody who uses it is kept from it."""
     problem = f"'{record.definition.path}' was written to while it was attached, and what is read may be wrong"
-    return Wrong(f"{problem}: delete this, and make it again", delete(record))
+    return Wrong(f"{problem}: delete this, and make it again", DELETE)
 
 
 def _check_file(path: str, found: os.stat_result) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import mounts
-from imageapi.drivers.audit import Host, Wrong, delete
+from imageapi.drivers.audit import DELETE, Host, Wrong
 from imageapi.drivers.mounts import MountDriver
 from imageapi.drivers.overlayfs import mounting, options, upper
 from imageapi.drivers.overlayfs.mounting import Layers
@@ -68,7 +68,7 @@ class Driver(MountDriver):
         if not missing:
             return None
         lost = f"{missing[0]} was removed by somebody, and what was written is lost"
-        return Wrong(f"{lost}: delete this, and make it again", delete(record), f"has lost {missing[0]}")
+        return Wrong(f"{lost}: delete this, and make it again", DELETE, f"has lost {missing[0]}")
 
 
 def _facts(path: str, written: Upper | None, detail: dict[str, Any]) -> Facts:
