@@ -33,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest
 COMPILED := $(BIN)/python -m compileall -q src tests tools
 
 .PHONY: help setup setup-dev install check test test-api test-below-the-api test-quiet test-in-guests
-.PHONY: test-drivers-in-guests test-pure lab soak demo bench bench-images flame lock clean .FORCE
+.PHONY: test-drivers-in-guests test-nfs-in-guests test-pure lab soak demo bench bench-images flame lock clean .FORCE
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
 help:  ## Show this list.
@@ -50,9 +50,10 @@ check: $(VENV)/stamp-dev  ## Lint and type-check.
 
 # Its parts work side by side, since most of the time each of them waits for something. None is in another's way: a run
 # of tests leaves out of its looks at this machine what is another run's, and what runs in guests is of no concern to
-# this machine's kernel. What needs a quiet host comes when the others on it have ended. The longest shows how far it is;
+# this machine's kernel. What needs a quiet machine comes when the others have ended. The longest shows how far it is;
 # what the others say comes at the end. A narrowed run is one.
-PARTS := test-quiet test-below-the-api test-in-guests test-drivers-in-guests test-pure check
+BESIDE := test-below-the-api test-in-guests test-drivers-in-guests test-nfs-in-guests test-pure check
+PARTS := test-quiet $(BESIDE)
 test: $(VENV)/stamp-dev test-packages  ## Check, and run every test on the real kernel, and on a stock one in guests (needs root).
 	$(COMPILED)
 ifdef PYTEST_ARGS
@@ -73,13 +74,16 @@ test-below-the-api:
 test-quiet:
 	$(PYTEST) -m quiet
 
-log-of-test-quiet: test-api log-of-test-below-the-api
+log-of-test-quiet: test-api $(BESIDE:%=log-of-%)
 
 test-in-guests:
 	$(PYTEST) -m guest --ignore=tests/drivers
 
 test-drivers-in-guests:
-	$(PYTEST) -m guest tests/drivers
+	$(PYTEST) -m guest --ignore=tests/drivers/nfs tests/drivers
+
+test-nfs-in-guests:
+	$(PYTEST) -m guest tests/drivers/nfs
 
 log-of-%: .FORCE
 	@$(MAKE) --no-print-directory $* >build/$*.log 2>&1

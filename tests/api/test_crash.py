@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from itertools import cycle, product
 from pathlib import Path
@@ -52,9 +53,10 @@ def lab(run_dir: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def on_ceph(ceph: Cluster) -> dict[str, Any]:
-    """A mount of an image in a Ceph."""
-    ceph.import_image(str(small_image()), "crash")
-    return on_rbd(ceph, "crash")
+    """A mount of an image in a Ceph. It stays: a daemon that was killed is its user for another 30 s."""
+    name = f"crash-{secrets.token_hex(3)}"
+    ceph.import_image(str(small_image()), name)
+    return on_rbd(ceph, name)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lab.processes import processes
 from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, kill
 from tools.bench.client import Client, request
 
-pytestmark = pytest.mark.api
+pytestmark = [pytest.mark.api, pytest.mark.quiet]
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from lab.machine import Machine
 @pytest.fixture(scope="session")
 def ceph(machine: Machine) -> Iterator[Cluster]:
     """A running cluster with the pool `rbd`. A test that restarts a part of it does so within `machine.expecting()`."""
-    cluster = Cluster(str(machine.session.fast / "ceph"))
     with machine.expecting():
+        cluster = Cluster(str(machine.session.fast / "ceph"))
         cluster.start()
     yield cluster
     cluster.stop()

@@ -97,7 +97,7 @@ class Machine:
         """One whose file was on what is not mounted any more has lost its path, and may be another run's."""
         pathless = any(neighbours(self.session))
         for device, file in backing_files():
-            if not self._is_foreign(file) and not (pathless and file == "/"):
+            if not self._is_foreign(file) and not (pathless and _lacks_path(file)):
                 yield Trace("loop device", f"{device} on {file}")
 
     def _is_foreign(self, text: str) -> bool:
@@ -164,6 +164,11 @@ class Machine:
         if not mounted:
             shutil.rmtree(directory, ignore_errors=True)
         return mounted
+
+
+def _lacks_path(file: str) -> bool:
+    """Whether a file is said to be directly in the root, and is not: its path ends at a mount that is not there."""
+    return file == "/" or (os.path.dirname(file) == "/" and not os.path.lexists(file))
 
 
 def backing_files() -> Iterator[tuple[str, str]]:

@@ -116,8 +116,8 @@ def guest_server(guest: Guest, guest_serving: tuple[State, int]) -> Iterator[Gue
 @pytest.fixture(scope="session")
 def guest_ceph(machine: Machine, lab_network: Network) -> Iterator[Cluster]:
     """A Ceph cluster that guests reach, with the pool `rbd`."""
-    cluster = Cluster(str(machine.session.fast / "guest-ceph"), SERVER, enter=lab_network.enter)
     with machine.expecting():
+        cluster = Cluster(str(machine.session.fast / "guest-ceph"), SERVER, enter=lab_network.enter)
         cluster.start()
     yield cluster
     cluster.stop()
