@@ -101,12 +101,15 @@ class Race:
             self._on_roots |= {made} if root is not None else set()
             self._boxes.append(made)
             self._note(("box", made), answer, model.box_made(answer.body["state"]))
-        if root is not None and answer.code != 409:
-            self._note(("root", root), answer, model.root_used if made is not None else model.root_unknown)
+        if root is not None:
+            steps = {201: model.root_used, 409: model.root_tried}
+            self._note(("root", root), answer, steps.get(answer.code, model.root_unknown))
         if name and made is not None:
             self._note(("name", name), answer, model.name_taken((client, answer.begun), made))
         elif name and "is in use by" in answer.body["message"]:
             self._note(("name", name), answer, model.name_in_use)
+        elif name:
+            self._note(("name", name), answer, model.name_tried((client, answer.begun)))
 
     def _path(self, ask: Ask) -> tuple[str, Subject]:
         """The path of a container, and what its history is about."""
@@ -255,7 +258,8 @@ def race(server: Server, program: list[list[Ask]]) -> None:
     try:
         running.run(program)
         _check_references(server, running.roots)
-        assert running.unexplained() == []
+        if left := running.unexplained():
+            raise AssertionError("\n".join(left))
     finally:
         server.clear()
     assert os.listdir(server.run_dir / "mounts") == []

@@ -115,6 +115,15 @@ def name_taken(client: object, number: int) -> tuple[Step, ...]:
     return (lambda state: [("taken", client)] if state is None else [], lambda state: [number])
 
 
+def name_tried(client: object) -> tuple[Step, ...]:
+    """A create has failed, and may have taken the name before it did."""
+    held = ("taken", client)
+    return (
+        lambda state: [state, held] if state is None else [state],
+        lambda state: [None if state == held else state],
+    )
+
+
 name_in_use: tuple[Step, ...] = (Reads(lambda state: state is not None),)
 name_known: tuple[Step, ...] = (Reads(lambda state: isinstance(state, int)),)
 name_unknown: tuple[Step, ...] = (Reads(lambda state: not isinstance(state, int)),)
@@ -136,6 +145,8 @@ class Root(NamedTuple):
 
     there: str = "no"
     users: int = 0
+    passing: int = 0
+    """Of those the ones whose create comes to nothing."""
 
 
 root_made: tuple[Step, ...] = (lambda state: [Root("yes")] if state.there == "no" else [],)
@@ -155,7 +166,17 @@ def _leave_alone(state: Any) -> Iterable[State]:
     return [state._replace(users=state.users - 1)] if state.there != "gone" else [state]
 
 
+def _try(state: Any) -> Iterable[State]:
+    """A create that fails may have taken the mount before it did."""
+    return [state, *(one._replace(passing=one.passing + 1) for one in _use(state))]
+
+
+def _fail(state: Any) -> Iterable[State]:
+    return [state, *(one._replace(passing=one.passing - 1) for one in _leave_alone(state) if state.passing)]
+
+
 root_used: tuple[Step, ...] = (_use,)
+root_tried: tuple[Step, ...] = (_try, _fail)
 root_left: tuple[Step, ...] = (_leave_alone,)
 
 

@@ -148,7 +148,7 @@ class Collector:
     def put_off(self, record: AnyRecord, problem: Problem) -> None:
         """Keep an object that is `releasing` with its problem, and try again until the kernel lets it go."""
         self._graph.free_name(record)
-        self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
+        self._ledger.expose(record, f"it is being deleted, but: {problem.message}")
         log.warning("%s is not released yet: %s", describe(record), problem.message)
         self._mender.relieve(record)
         self._tasks.linger(self._retry(record))
@@ -161,7 +161,7 @@ class Collector:
                 await self.release(record)
             except Problem as problem:
                 delay = min(2 * delay, SCARCE_RETRY if isinstance(problem, Exhausted) else LAST_RETRY)
-                self._ledger.fault([record.key], f"it is being deleted, but: {problem.message}")
+                self._ledger.expose(record, f"it is being deleted, but: {problem.message}")
                 self._mender.relieve(record)
             else:
                 await self.forget(record)

@@ -172,11 +172,15 @@ class Ledger:
                 self._rewriting.cancel()
 
     def fault(self, keys: Iterable[Key], problem: str) -> None:
-        """Tell of each object what is wrong with it, and show it."""
+        """Tell of each object what is wrong with it. One whose create is under way is not shown for that."""
         for key in keys:
             if record := self.graph.find(key):
-                self.graph.show(key)
                 self.note(record, problem=problem)
+
+    def expose(self, record: AnyRecord, problem: str) -> None:
+        """Show an object with what is wrong with it, also when its create has come to nothing."""
+        self.graph.show(record.key)
+        self.note(record, problem=problem)
 
     async def rest(self, key: Key) -> AnyRecord | None:
         """Wait until nothing is being done to the object; its record, or None when it is gone."""

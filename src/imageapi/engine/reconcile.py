@@ -104,7 +104,7 @@ class Reconciler:
         await self._collector.collect(dict.fromkeys(keys))
         for record in unfinished:
             if self._graph.find(record.key) is record and record.phase is not Phase.RELEASING:
-                self._ledger.fault([record.key], "its making was interrupted; delete it, and make it again")
+                self._ledger.expose(record, "its making was interrupted; delete it, and make it again")
 
     async def _sweep(self) -> None:
         try:
