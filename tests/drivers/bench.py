@@ -31,7 +31,6 @@ from imageapi.spec import (
 )
 from lab import images
 from lab.archives import Member, archive
-from lab.server import eventually
 from tools.images import Format
 
 
@@ -221,6 +220,8 @@ def stored(record: AnyRecord) -> AnyRecord:
 def formatted(image: Path, fs_type: str, size: str) -> Path:
     """An empty file system in a file."""
     subprocess.run(["truncate", "-s", size, image], check=True)
+    from lab.server import eventually  # here, since guests, which import this module, have no httpx
+
     # mkfs.btrfs looks at whatever is mounted, and fails where another run's file system has just died
     eventually(lambda: subprocess.run([f"mkfs.{fs_type}", "-q", image]).returncode == 0, f"{image} is formatted")
     return image
