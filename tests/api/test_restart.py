@@ -108,11 +108,11 @@ def test_an_end_is_forgotten_though_the_next_start_came_to_nothing(server: Serve
     made = server.post("/container", box("/bin/true"))
     server.await_state(0, "exited")
     os.kill(server.supervisor, signal.SIGSTOP)
+    record = server.run_dir / "state/container/0.json"
+    before = json.loads(record.read_text())["run"]["attempt"]
     asking = threading.Thread(target=_ask_in_vain, args=(server,))
     asking.start()
-    record = server.run_dir / "state/container/0.json"
-    attempts = [json.loads(record.read_text())["run"]["attempt"]]
-    eventually(lambda: json.loads(record.read_text())["run"]["attempt"] > attempts[0], "the start is asked for")
+    eventually(lambda: json.loads(record.read_text())["run"]["attempt"] > before, "the start is asked for")
     kill(server.supervisor)
     asking.join()
     assert made["id"] == 0

@@ -16,8 +16,8 @@ from typing import Any
 
 from lab import audit
 from lab.book import COUNTING, MISSING, OBEDIENT, Book, FaultyServer, Interrupted
-from lab.faults import Step
-from lab.server import Server, eventually
+from lab.faults import HELPERS, ITSELF, Step
+from lab.server import Server, alive, eventually
 
 Story = Callable[[Book], Callable[[], object]]
 """Sets the scene, and returns what is told with a fault in it."""
@@ -198,10 +198,14 @@ class Lab:
     def _break(self, story: Story, step: Step, who: str) -> bool:
         tell = story(self.book)
         self._settle()
-        self.server.faults.arm(step, self.server.victims(who))
+        first, *others = self.server.victims(who)
+        self.server.faults.arm(step, [first, *others])
         with contextlib.suppress(Interrupted):
             tell()
-        if not (came := self.server.faults.disarm()):
+        if came := self.server.faults.disarm():
+            reached = first not in (ITSELF, HELPERS) and not step.name.startswith("child ")  # which sees no other's pid
+            eventually(lambda: not (reached and alive(first)), "the victim is dead")
+        else:
             self._settle()
         return came
 
