@@ -209,10 +209,20 @@ def _kernel_objects() -> dict[str, set[str]]:
     return {"mounts": mounts, "loop devices": loops, "processes": ours}
 
 
+def _left(before: dict[str, set[str]]) -> dict[str, list[str]]:
+    """What is there that was not. The server's workers see its end, and then end: they have until the deadline."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        after = _kernel_objects()
+        left = {name: sorted(after[name] - before[name]) for name in after}
+        if not any(left.values()) or time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
+
+
 def _compare(before: dict[str, set[str]]) -> int:
     print("\n# And the machine is as it was")
-    after = _kernel_objects()
-    left = {name: sorted(after[name] - before[name]) for name in after}
+    left = _left(before)
     for name, things in left.items():
         print(f"    {name} left behind: {', '.join(things) or 'none'}")
     return 1 if any(left.values()) else 0
