@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -45,8 +46,8 @@ def check(site: Site, boot_id: str) -> Report:
         time.sleep(pause)
         again = _look(site, boot_id)
         report = Report([one for one in report.found if one in again.found], report.unseen | again.unseen)
-    records = peek(site.state_dir)[0]
-    return report._replace(found=[_spelled(one, records) for one in report.found])
+    users = _Users(peek(site.state_dir)[0])
+    return report._replace(found=[_spelled(one, users) for one in report.found])
 
 
 def _look(site: Site, boot_id: str) -> Report:
@@ -112,22 +113,34 @@ def _pending(records: Iterable[AnyRecord]) -> list[Found]:
     ]
 
 
-def _spelled(one: Found, records: list[AnyRecord]) -> Found:
+class _Users:
+    """Who stands on what. The edges are read once: a thousand containers may have lost what is below them."""
+
+    def __init__(self, records: list[AnyRecord]) -> None:
+        self._pinned = {record.key for record in records if record.pinned}
+        self._on: defaultdict[Key, list[Key]] = defaultdict(list)
+        for record in records:
+            for edge in record.edges():
+                self._on[edge].append(record.key)
+
+    def deletions(self, key: Key) -> list[Key]:
+        """What is to be deleted, in this order, to be rid of an object and of all that stands on it; the rest goes with
+        what was made of it."""
+        affected = {key: None}
+        waiting = [key]
+        for one in waiting:
+            new = [user for user in self._on.get(one, ()) if user not in affected]
+            affected |= dict.fromkeys(new)
+            waiting += new
+        return [one for one in reversed(waiting) if one in self._pinned or one not in self._on]
+
+
+def _spelled(one: Found, users: _Users) -> Found:
     """With the requests that its remedy stands for."""
     if one.about is None or DELETE not in one.remedy:
         return one
-    requests = [f"DELETE {BASE}/{key.collection}/{key.id}?force=true" for key in _deletions(one.about, records)]
+    requests = [f"DELETE {BASE}/{key.collection}/{key.id}?force=true" for key in users.deletions(one.about)]
     return one._replace(remedy=one.remedy.replace(DELETE, f"{', then '.join(requests)}; then make it again"))
-
-
-def _deletions(key: Key, records: list[AnyRecord]) -> list[Key]:
-    """What is to be deleted, in this order, to be rid of an object and of all that stands on it; the rest goes with
-    what was made of it."""
-    affected = [record for record in records if record.key == key]
-    for one in affected:
-        affected += [record for record in records if one.key in record.edges() and record not in affected]
-    used = {edge for record in affected for edge in record.edges()}
-    return [record.key for record in reversed(affected) if record.pinned or record.key not in used] or [key]
 
 
 def _unreadable(path: str) -> Found:
