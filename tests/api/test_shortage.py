@@ -13,12 +13,11 @@ import httpx
 import pytest
 
 from imageapi.drivers import block
-from lab.server import FOREVER, Server, box, eventually, running_as
+from lab.server import FOREVER, Server, box, eventually, hooked, running_as
 from lab.shortage import VARIABLE, Shortage
 
 pytestmark = pytest.mark.api
 
-ROOT = Path(__file__).parents[2]
 STRIDE = int(os.environ.get("IMAGEAPI_TEST_STRIDE", "5"))
 """Of so many calls one is tried as the first to fail; 1 tries all of them."""
 
@@ -34,8 +33,7 @@ class ScarceServer(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        path = ":".join((str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)))
-        return {**os.environ, VARIABLE: str(self.shortage.path), "PYTHONPATH": path}
+        return hooked(self.package, VARIABLE, self.shortage.path)
 
     def traces(self) -> list[str]:
         """What there is of objects under the run directory; the child in waiting's FIFO is left out."""

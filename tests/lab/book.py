@@ -5,7 +5,6 @@ was under way may be or not, but whole.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import httpx
 
 from lab import audit
 from lab.faults import HELPERS, ITSELF, VARIABLE, Faults, Step
-from lab.server import FOREVER, Server, alive, eventually, writable
+from lab.server import FOREVER, Server, alive, eventually, hooked, writable
 
-ROOT = Path(__file__).parents[2]
 COUNTING = (
     "/bin/sh -c 'cp /bin/busybox /busybox; "
     'exec /busybox sh -c "i=0; while true; do echo line \\$i; i=\\$((i+1)); /busybox sleep 0.02; done"\''
@@ -43,8 +41,7 @@ class FaultyServer(Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        path = ":".join((str(self.package), str(ROOT / "tests"), str(ROOT)))
-        return {**os.environ, VARIABLE: str(self.faults.path), "PYTHONPATH": path}
+        return hooked(self.package, VARIABLE, self.faults.path)
 
     @property
     def zygote(self) -> int:

@@ -264,6 +264,12 @@ def box(command: str, **more: Any) -> dict[str, Any]:
     return {"mount": writable(), "command": command, "state": "running", **more}
 
 
+def hooked(package: Path, variable: str, orders: Path) -> dict[str, str]:
+    """The environment of a server whose module is of this lab, and reads its orders in a file that a variable names."""
+    path = ":".join(map(str, (package, SOURCE.parent / "tests", SOURCE.parent)))
+    return {**os.environ, variable: str(orders), "PYTHONPATH": path}
+
+
 def other_release(place: Path) -> Path:
     """A copy of the package that says it is of another release."""
     shutil.copytree(SOURCE, place)
