@@ -45,6 +45,12 @@ def at_once(what: Callable[[], object]) -> None:
     assert time.monotonic() - begun < AT_ONCE
 
 
+def _hang(dying: Shown) -> None:
+    """The kernel trusts for a second what it has been told of the file."""
+    dying.hang()
+    time.sleep(1.1)
+
+
 @pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["stopped", "killed"])
 def test_a_server_starts_though_a_store_hangs(server: Server, dying: Shown, end: Callable[[Server], None]) -> None:
     """All its objects are there, those on other stores can be made and deleted; and it ends again."""
@@ -64,8 +70,7 @@ def test_a_server_starts_though_a_store_hangs(server: Server, dying: Shown, end:
 def test_what_hangs_in_its_making_holds_up_neither_the_end_nor_the_next_start(
     server: Server, dying: Shown, end: Callable[[Server], None]
 ) -> None:
-    dying.hang()
-    time.sleep(1.1)  # the kernel trusts for a second what it has been told of the file
+    _hang(dying)
     client = server.client()
     client.timeout = 1
     with pytest.raises(Exception, match="timed out"):
@@ -80,8 +85,7 @@ def test_what_hangs_in_its_making_holds_up_neither_the_end_nor_the_next_start(
 
 
 def test_what_hangs_in_one_directory_takes_no_places_from_another(server: Server, dying: Shown) -> None:
-    dying.hang()
-    time.sleep(1.1)
+    _hang(dying)
     writable = image(path=str(dying.path), ro=False)  # so that each is attached by itself
     with contextlib.ExitStack() as late:
         late.callback(dying.work)
