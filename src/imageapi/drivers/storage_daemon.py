@@ -241,9 +241,10 @@ def exports(site: Site) -> list[Key]:
 
 
 def standing(site: Site, key: Key) -> bool:
-    """Whether the image's file stands and its daemon lives."""
+    """Whether the image's file stands and its daemon lives: one whose first thread has ended listens until the last
+    one has."""
     name = _daemon_of(site, key)
-    if name is None or mountinfo.at(export_path(site, key)) is None:
+    if name is None or mountinfo.at(export_path(site, key)) is None or helper(site, key) is None:
         return False
     try:
         directory = descriptor(f"{site.helpers_dir}/{name}")
