@@ -74,8 +74,8 @@ test-below-the-api:
 test-quiet:
 	$(PYTEST) -m quiet
 
-log-of-test-below-the-api: | test-api
-log-of-test-nfs-in-guests: | log-of-test-in-guests
+log-of-test-below-the-api: | log-of-test-in-guests
+log-of-test-nfs-in-guests: | log-of-test-drivers-in-guests
 log-of-test-quiet: test-api $(BESIDE:%=log-of-%)
 
 test-in-guests:
