@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -81,31 +82,21 @@ class Store:
             log.exception("%s/%s cannot be read; ids continue after the records", self._directory, COUNTERS)
             return {}
 
-    def load(self) -> list[AnyRecord]:
-        """All records, by collection and id. A file that cannot be read is named in the log and left alone."""
-        return [record for collection in records.RECORD_TYPES for record in self._load(collection)]
-
-    def _load(self, collection: str) -> list[AnyRecord]:
-        directory = f"{self._directory}/{collection}"
-        self._discard_unfinished(directory)
-        found = [self._read(collection, f"{directory}/{name}") for name in os.listdir(directory)]
-        return sorted((record for record in found if record), key=lambda record: record.id)
+    def load(self) -> Contents:
+        """All that is there. A file that cannot be read is named in the log and left alone."""
+        for collection in records.RECORD_TYPES:
+            self._discard_unfinished(f"{self._directory}/{collection}")
+        contents = peek(self._directory)
+        for path in contents.unread:
+            log.error("%s is no record that this version can read; what it may stand for is left alone", path)
+        return contents
 
     @staticmethod
     def _discard_unfinished(directory: str) -> None:
         """Remove what a writer that was killed had only begun."""
-        for name in os.listdir(directory):
-            path = f"{directory}/{name}"
-            if name.endswith(whole.BESIDE) or os.path.getsize(path) == 0:
-                os.unlink(path)
-
-    @staticmethod
-    def _read(collection: str, path: str) -> AnyRecord | None:
-        try:
-            return _read(collection, path)
-        except msgspec.MsgspecError as error:
-            log.error("%s is not a record that this version can read (%s); remove it by hand", path, error)
-            return None
+        for entry in os.scandir(directory):
+            if entry.is_file() and (entry.name.endswith(whole.BESIDE) or entry.stat().st_size == 0):
+                os.unlink(entry)
 
     def _path(self, key: Key) -> str:
         return f"{self._directory}/{key.collection}/{key.id}{SUFFIX}"
@@ -118,9 +109,28 @@ def _read(collection: str, path: str) -> AnyRecord | None:
     return record if record.schema == SCHEMA else None
 
 
-def peek(directory: str) -> tuple[list[AnyRecord], list[str]]:
-    """All records in a state directory that a server may be writing to, and the files that are none. One that goes
-    meanwhile is not there; one that is just being written is one that cannot be read, until the next look."""
+class Contents(NamedTuple):
+    """What is in a state directory: records, by collection and id, and the files that are none, or that this version
+    cannot read."""
+
+    records: list[AnyRecord]
+    unread: list[str]
+
+    def hidden(self) -> set[Key]:
+        """The objects whose records cannot be read."""
+        return {key for key in map(subject, self.unread) if key is not None}
+
+
+def subject(path: str) -> Key | None:
+    """Whose record a file is by its name."""
+    directory, name = os.path.split(path)
+    number = name.removesuffix(SUFFIX)
+    return Key(os.path.basename(directory), int(number)) if number.isdecimal() and name != number else None
+
+
+def peek(directory: str) -> Contents:
+    """All that is in a state directory that a server may be writing to. A record that goes meanwhile is not there; one
+    that is just being written is one that cannot be read, until the next look."""
     found, unread = [], []
     for collection in records.RECORD_TYPES:
         for path in _files(f"{directory}/{collection}"):
@@ -130,16 +140,17 @@ def peek(directory: str) -> tuple[list[AnyRecord], list[str]]:
                     unread.append(path)
                 else:
                     found.append(record)
-    return found, unread
+    return Contents(found, unread)
 
 
 def _peek(collection: str, path: str) -> AnyRecord | None:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(msgspec.MsgspecError, IsADirectoryError):
         return _read(collection, path) if path.endswith(SUFFIX) else None
     return None
 
 
 def _files(directory: str) -> list[str]:
+    """What is in a directory, in order of the numbers that are the names."""
     with contextlib.suppress(FileNotFoundError):
-        return [f"{directory}/{name}" for name in sorted(os.listdir(directory))]
+        return [f"{directory}/{name}" for name in sorted(os.listdir(directory), key=lambda name: (len(name), name))]
     return []

@@ -49,6 +49,27 @@ def test_all_that_was_made_is_there_again(server: Server, end: object) -> None:
     assert server.post("/mount", squashfs())["id"] == following
 
 
+def test_what_a_record_that_cannot_be_read_stands_for_is_left_alone(server: Server) -> None:
+    """Until somebody who has read the report removes it."""
+    made = server.post("/container", box(FOREVER, name="precious"))
+    server.stop()
+    state = server.run_dir / "state"
+    torn, directory = state / "container" / "0.json", state / "mount" / "70.json"
+    torn.write_text(torn.read_text()[:40])
+    directory.mkdir()
+    server.start()
+    assert alive(made["pid"])
+    assert "cannot be read" in server.refused("GET", "/container/0", 404)["message"]
+    assert [str(torn), str(directory)] == sorted(found["problem"].split(" is no ")[0] for found in server.get("/check"))
+    assert server.post("/mount", squashfs())["id"] == 71
+    assert server.post("/container", box("/bin/true"))["id"] == 1
+    torn.unlink()
+    directory.rmdir()
+    server.stop()
+    server.start()
+    assert (alive(made["pid"]), server.get("/check")) == (False, [])
+
+
 def test_an_end_that_nobody_watched_is_known(server: Server) -> None:
     """And so is when it was, as the supervisor has noted it."""
     waits = """/bin/sh -c 'trap "exit 7" USR1; echo ready; while true; do sleep 0.01; done'"""

@@ -169,7 +169,7 @@ def test_what_a_cancelled_create_made_for_another_outlives_the_server(tmp_path: 
         kernel.let_go("acquire", IMAGE)
         made = await second
         await engine._tasks.drain(5)
-        [record] = [one for one in Store(str(tmp_path / "state")).load() if one.key == IMAGE]
+        [record] = [one for one in Store(str(tmp_path / "state")).load().records if one.key == IMAGE]
         assert (record.phase, record.pinned, record.facts) == ("live", False, made.records[IMAGE].facts)
 
     act(scenario, tmp_path)

@@ -34,10 +34,10 @@ def test_any_record_is_read_as_it_was_written(store: Store, thing: Object) -> No
         return
     assert isinstance(planned, Plan)
     store.save_all(planned.steps)
-    assert {record.key: record for record in store.load()} == {record.key: record for record in planned.steps}
+    assert {record.key: record for record in store.load().records} == {record.key: record for record in planned.steps}
     for record in planned.steps:
         store.remove(record.key)
-    assert store.load() == []
+    assert store.load().records == []
 
 
 def test_facts_and_life_are_kept(store: Store) -> None:
@@ -53,7 +53,7 @@ def test_facts_and_life_are_kept(store: Store) -> None:
         boot_id="now",
     )
     store.save(record)
-    assert store.load() == [record]
+    assert store.load().records == [record]
 
 
 def test_secrets_are_kept_for_root_alone(store: Store, tmp_path: Path) -> None:
@@ -66,21 +66,21 @@ def test_secrets_are_kept_for_root_alone(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "attach" / "0.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert store.load()[0].definition.options.secret.reveal() == "a2V5"
-    assert "a2V5" not in repr(store.load())
+    assert store.load().records[0].definition.options.secret.reveal() == "a2V5"
+    assert "a2V5" not in repr(store.load().records)
 
 
 def test_a_writer_that_was_killed_leaves_the_old_record(store: Store, tmp_path: Path) -> None:
     record = Record(id=0, spec=rbd(), token=1)
     store.save(record)
     (tmp_path / "attach" / "0.json.new").write_bytes(b'{"id": 0, "sp')
-    assert store.load() == [record]
+    assert store.load().records == [record]
     assert os.listdir(tmp_path / "attach") == ["0.json"]
 
 
 def test_a_writer_that_was_killed_before_it_wrote_leaves_nothing(store: Store, tmp_path: Path) -> None:
     (tmp_path / "attach" / "0.json").touch()
-    assert store.load() == []
+    assert store.load().records == []
     assert os.listdir(tmp_path / "attach") == []
 
 
@@ -89,7 +89,7 @@ def test_a_record_takes_the_place_of_another_whatever_their_sizes(store: Store, 
     for size in sizes:
         record = Record(id=0, spec=rbd(), token=1, problem="x" * size)
         store.save(record)
-        assert store.load() == [record]
+        assert store.load().records == [record]
 
 
 def test_a_record_of_a_page_is_written_where_it_is(store: Store, tmp_path: Path) -> None:
@@ -106,16 +106,19 @@ def test_a_file_that_is_no_record_is_named_and_left(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "mount" / "4.json").write_text("{}")
-    assert store.load() == []
-    assert "4.json is not a record" in caplog.text
-    assert (tmp_path / "mount" / "4.json").exists()
+    (tmp_path / "mount" / "note").write_text("mine")
+    (tmp_path / "mount" / "12.json").mkdir()
+    contents = store.load()
+    assert (contents.records, contents.hidden()) == ([], {Key("mount", 4), Key("mount", 12)})
+    assert "4.json is no record" in caplog.text
+    assert set(contents.unread) == {str(file) for file in (tmp_path / "mount").iterdir()}
 
 
 def test_removing_twice_is_removing_once(store: Store) -> None:
     store.save(Record(id=0, spec=rbd(), token=1))
     store.remove(Key("attach", 0))
     store.remove(Key("attach", 0))
-    assert store.load() == []
+    assert store.load().records == []
 
 
 def test_a_plan_that_cannot_be_written_whole_is_not_written(store: Store, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_a_plan_that_cannot_be_written_whole_is_not_written(store: Store, tmp_pa
     with pytest.raises(IsADirectoryError):
         store.save_all(planned.steps)
     (tmp_path / "mount" / "1.json").rmdir()
-    assert store.load() == []
+    assert store.load().records == []
 
 
 def test_counters_are_kept(store: Store) -> None:

@@ -65,7 +65,7 @@ def look(site: Site, boot_id: str, instance: int) -> Look:
     restored = False
     with contextlib.suppress(OSError):
         restored = rundir.restore(site)
-    records = peek(site.state_dir)[0]
+    records = peek(site.state_dir).records
     host = Host(instance)
     for directory in (site.run_dir, site.mounts_dir, site.state_dir):
         host.watch(directory, inotify.ENTRIES)

@@ -22,7 +22,7 @@ from imageapi.linux import killable
 from imageapi.records import AnyRecord, Key, Phase
 from imageapi.runtime import leftovers
 from imageapi.runtime.leftovers import Leftover, Scene
-from imageapi.store import peek
+from imageapi.store import Contents, peek, subject
 
 DEADLINE = 4.0
 """Seconds for one look; what has not come back by then hangs."""
@@ -46,17 +46,18 @@ def check(site: Site, boot_id: str) -> Report:
         time.sleep(pause)
         again = _look(site, boot_id)
         report = Report([one for one in report.found if one in again.found], report.unseen | again.unseen)
-    users = _Users(peek(site.state_dir)[0])
+    users = _Users(peek(site.state_dir).records)
     return report._replace(found=[_spelled(one, users) for one in report.found])
 
 
 def _look(site: Site, boot_id: str) -> Report:
     """What is made meanwhile has a record afterwards, and what goes has one before, or none afterwards."""
-    before, unread = peek(site.state_dir)
+    before = peek(site.state_dir)
     answers = killable.ask(_questions(site, boot_id, before), DEADLINE)
-    after = peek(site.state_dir)[0]
-    known, standing = Known.of(after), {(record.key, record.token) for record in after if record.phase is Phase.LIVE}
-    tokens = {record.key: record.token for record in before}
+    after = peek(site.state_dir)
+    known = Known.of(after)
+    standing = {(record.key, record.token) for record in after.records if record.phase is Phase.LIVE}
+    tokens = {record.key: record.token for record in before.records}
     unseen = {name: str(answer) for name, answer in answers.items() if isinstance(answer, Exception)}
     seen: dict[str, Answer] = {name: answer for name, answer in answers.items() if name not in unseen}
     found = [one for answer in seen.values() for one in answer.found]
@@ -68,13 +69,13 @@ def _look(site: Site, boot_id: str) -> Report:
         and (one.about is None or (one.about, tokens.get(one.about)) in standing)
     ]
     unseen |= {name: answer.hung for name, answer in seen.items() if answer.hung}
-    return Report([*kept, *_pending(after), *map(_unreadable, unread)], unseen)
+    return Report([*kept, *_pending(after.records), *map(_unreadable, before.unread)], unseen)
 
 
-def _questions(site: Site, boot_id: str, records: list[AnyRecord]) -> dict[str, Callable[[], Answer]]:
-    known = Known.of(records)
+def _questions(site: Site, boot_id: str, contents: Contents) -> dict[str, Callable[[], Answer]]:
+    known = Known.of(contents)
     seen = leftovers.scene(site, boot_id, known.keys)
-    live = [record for record in records if is_live(record, boot_id)]
+    live = [record for record in contents.records if is_live(record, boot_id)]
     return {
         "the objects": partial(_audited, live, site),
         **{name: partial(_strays, search, site, known) for name, search in SEARCHES.items()},
@@ -144,8 +145,12 @@ def _spelled(one: Found, users: _Users) -> Found:
 
 
 def _unreadable(path: str) -> Found:
-    """A file beside the records."""
-    return Found(f"{path} is no record that this version can read", f"rm {path}")
+    """A file beside the records, or one whose object nobody can reach by now."""
+    problem = f"{path} is no record that this version can read"
+    if subject(path) is None:
+        return Found(problem, f"rm -r {path}")
+    remedy = "restart imageapi-server, which ends and clears away what it stood for; until then that is left alone"
+    return Found(problem, f"rm -r {path}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------ the command

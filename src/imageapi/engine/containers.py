@@ -77,6 +77,8 @@ class Containers:
         lives = {Key("container", life.id): life for life in await self._supervisor.connect()}
         for key, life in lives.items():
             record = self._graph.find(key)
+            if key in self._graph.aside:
+                continue
             if life.starting:
                 self._give_up_start(life.id, life.attempt)
             elif record is None or not self._adopt(record, life):

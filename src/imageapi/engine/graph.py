@@ -7,7 +7,7 @@ writes or asks the kernel, so each method is one step of the event loop.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -56,6 +56,8 @@ class Graph:
         self._tokens: set[int] = set()
         self._hidden: set[Key] = set()
         self._awaited: set[Key] = set()
+        self.aside: set[Key] = set()
+        """The objects whose records cannot be read: what there is of them is left alone."""
 
     # ------------------------------------------------------------------------------------------------ reading
 
@@ -68,6 +70,8 @@ class Graph:
         Raises: NotFound.
         """
         record = self.find(key)
+        if record is None and key in self.aside:
+            raise NotFound(f"the record of {key} cannot be read; imageapi-server --check says what can be done")
         if record is None:
             raise NotFound(f"there is no {key}")
         return record
@@ -181,6 +185,12 @@ class Graph:
         """Let ids continue from `following` where that is further."""
         for collection, number in following.items():
             self._following[collection] = max(self._following[collection], number)
+
+    def set_aside(self, keys: Iterable[Key]) -> None:
+        """Let these be of objects that may be there, though their records cannot be read: no other gets their ids."""
+        for key in keys:
+            self.count_on({key.collection: key.id + 1})
+            self.aside.add(key)
 
     def token_taken(self, token: int) -> bool:
         return token in self._tokens

@@ -75,7 +75,9 @@ class Reconciler:
         """Enter all records. Those of an earlier boot have nothing in the kernel: they are only undone, since their
         directories may have outlived it."""
         self._graph.count_on(self._store.counters())
-        for record in self._store.load():
+        contents = self._store.load()
+        self._graph.set_aside(contents.hidden())
+        for record in contents.records:
             unfinished = record.phase in (Phase.PLANNED, Phase.ACQUIRING)
             if unfinished or record.boot_id != self._boot_id:
                 record.pinned = False
@@ -97,9 +99,10 @@ class Reconciler:
         return bereft or (isinstance(record.spec, Container) and NEEDED not in record.problem)
 
     async def _collect(self) -> None:
-        """Undo what was half done, and what nothing needs: the root of an unfinished create has no reference."""
+        """Undo what was half done, and what nothing needs: the root of an unfinished create has no reference. What an
+        object with a record that cannot be read stands on has none either."""
         unfinished = [record for record in self._graph.all() if record.phase is not Phase.LIVE]
-        loose = [record for record in self._graph.all() if not self._graph.held(record.key)]
+        loose = [record for record in self._graph.all() if not (self._graph.held(record.key) or self._graph.aside)]
         keys = [record.key for record in (*unfinished, *loose)]
         await self._collector.collect(dict.fromkeys(keys))
         for record in unfinished:

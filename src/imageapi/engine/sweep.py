@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from imageapi.drivers import block, exported, progress, storage_daemon
 from imageapi.errors import Problem
 from imageapi.linux import iscsi, krbd, loop, mountinfo
 from imageapi.linux.tree import remove_tree
-from imageapi.records import AnyRecord, Key
-from imageapi.store import peek
+from imageapi.records import Key
+from imageapi.store import Contents, peek
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +29,23 @@ _OURS = re.compile(r"(mount|upper|work)_(\d{9})")
 
 
 class Known(NamedTuple):
-    """What there are records of: objects, the numbers of their directories, and devices."""
+    """What there are records of: objects, the numbers of their directories, and devices. Where one cannot be read, the
+    numbers are not `complete`."""
 
     keys: frozenset[Key]
     tokens: frozenset[int]
     devices: frozenset[str]
+    complete: bool
 
     @classmethod
-    def of(cls, records: Iterable[AnyRecord]) -> Known:
-        every = list(records)
-        devices = {record.facts.device_file or record.facts.detail.get("device") for record in every}
+    def of(cls, contents: Contents) -> Known:
+        devices = {record.facts.device_file or record.facts.detail.get("device") for record in contents.records}
+        hidden = contents.hidden()
         return cls(
-            frozenset(record.key for record in every),
-            frozenset(record.token for record in every),
+            frozenset({record.key for record in contents.records} | hidden),
+            frozenset(record.token for record in contents.records),
             frozenset(filter(None, devices)),
+            not hidden,
         )
 
 
@@ -65,7 +68,7 @@ def sweep(site: Site) -> list[str]:
 
     What cannot be removed is left, and logged by its error: the next start tries again.
     """
-    known = Known.of(peek(site.state_dir)[0])
+    known = Known.of(peek(site.state_dir))
     removed = []
     for search in SEARCHES.values():
         try:
@@ -97,7 +100,7 @@ def _attempt(stray: Stray) -> list[str]:
 def _mounts(site: Site, known: Known) -> Iterator[Stray]:
     names = sorted(os.listdir(site.mounts_dir)) if os.path.isdir(site.mounts_dir) else []
     for match in filter(None, map(_OURS.fullmatch, names)):
-        if int(match[2]) not in known.tokens:
+        if known.complete and int(match[2]) not in known.tokens:
             path = f"{site.mounts_dir}/{match[0]}"
             unmount = f"umount {path}; " * len(mountinfo.stack(path))
             removal = "rmdir" if match[1] == "mount" else "rm -r"
