@@ -123,13 +123,13 @@ class Machine:
         return {self.session.fast, self.session.disk}
 
     def _is_ours(self, trace: Trace) -> bool:
-        """Whether something new is of this run's making. Only processes and, under systemd, control groups come and go
-        on a machine by themselves."""
+        """Whether something new is of this run's making. Processes and control groups come and go on a machine by
+        themselves."""
         if trace.kind == "process":
             process = _process_of(trace)
             lent = process is not None and self._lends and process.name.startswith("imageapi-")
             return process is not None and not lent and process.belongs_to(self.session)
-        if trace.kind == "control group" and os.path.isdir("/run/systemd/system"):
+        if trace.kind == "control group":
             return "imageapi" in trace.identity
         return True
 
@@ -156,13 +156,17 @@ class Machine:
         return [mountpoint for mountpoint in mountpoints if f"/{self.session.name}/" in f"{mountpoint}/"]
 
     def remove(self, directory: Path) -> list[str]:
-        """Remove a directory of this run's, unless something is still mounted in it: that would be emptied too.
+        """Remove a directory of this run's, unless something is still mounted in it: that would be emptied too. A
+        supervisor that is just ending may write there once more.
 
         Returns the mountpoints in the way.
         """
-        mounted = [path for path in self._own_mounts() if f"{path}/".startswith(f"{directory}/")]
-        if not mounted:
+        end = time.monotonic() + DEADLINE
+        while not (mounted := [path for path in self._own_mounts() if f"{path}/".startswith(f"{directory}/")]):
             shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists() or time.monotonic() > end:
+                break
+            time.sleep(0.02)
         return mounted
 
 

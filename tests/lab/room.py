@@ -95,4 +95,10 @@ def in_group(name: str) -> Iterator[Path]:
         yield group
     finally:
         (root / "cgroup.procs").write_text(str(os.getpid()))
+        eventually(lambda: _removed(group), "what was started in the group has ended")
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
         group.rmdir()
+    return not group.exists()
