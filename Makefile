@@ -60,9 +60,10 @@ ifdef PYTEST_ARGS
 	@$(MAKE) --no-print-directory check
 	$(PYTEST) $(PYTEST_ARGS)
 else
-	@mkdir -p build && rm -f $(PARTS:%=build/%.log)
+	@mkdir -p build && rm -f $(PARTS:%=build/%.log) build/*.failed
 	@$(MAKE) --no-print-directory --keep-going --jobs test-api $(PARTS:%=log-of-%); status=$$?; \
-		for part in $(PARTS); do echo "--- $$part"; cat build/$$part.log; done; exit $$status
+		for part in $(PARTS); do echo "--- $$part"; cat build/$$part.log; done; \
+		exit $$((status + $$(ls build | grep -c failed)))
 endif
 
 test-api:
@@ -76,7 +77,7 @@ test-quiet:
 
 log-of-test-below-the-api: | log-of-test-in-guests
 log-of-test-nfs-in-guests: | log-of-test-drivers-in-guests
-log-of-test-quiet: test-api $(BESIDE:%=log-of-%)
+log-of-test-quiet: $(BESIDE:%=log-of-%) | test-api
 
 test-in-guests:
 	$(PYTEST) -m guest --ignore=tests/drivers
@@ -88,7 +89,7 @@ test-nfs-in-guests:
 	$(PYTEST) -m guest tests/drivers/nfs
 
 log-of-%: .FORCE
-	@$(MAKE) --no-print-directory $* >build/$*.log 2>&1
+	@$(MAKE) --no-print-directory $* >build/$*.log 2>&1 || touch build/$*.failed
 
 test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts: seconds.
 	$(PYTEST) -m pure $(PYTEST_ARGS)

@@ -135,9 +135,9 @@ def test_what_a_dead_supervisor_has_left(server: Server, report: Report) -> None
 
 
 def test_a_file_beside_the_records(server: Server, report: Report) -> None:
-    stray = server.run_dir / "state" / "mount" / "7.json"
-    stray.write_text("{}")
-    assert report()[:2] == (1, [f"{stray} is no record that this version can read", f"    rm {stray}"])
+    stray = server.run_dir / "state" / "mount" / "note"
+    stray.write_text("mine")
+    assert report()[:2] == (1, [f"{stray} is no record that this version can read", f"    rm -r {stray}"])
     stray.unlink()
 
 

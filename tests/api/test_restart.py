@@ -94,6 +94,25 @@ def test_the_supervisor_may_die_too(server: Server) -> None:
     assert (ended["exit_code"], alive(made["pid"])) == (137, False)
 
 
+@pytest.mark.parametrize("removed", ["socket", "lock socket", ".", ".."])
+def test_a_supervisor_is_found_though_its_files_were_removed(server: Server, removed: str) -> None:
+    """While no server was there to tell it."""
+    made, supervisor = server.post("/container", box(TALKING, name="talker")), server.supervisor
+    server.kill()
+    for path in removed.split():
+        target = (server.run_dir / "supervisor" / path).resolve()
+        subprocess.run(["rm", "-rf", target], check=False, capture_output=True)
+    server.start()
+    assert server.supervisor == supervisor
+    if removed == "..":  # and with it the records
+        eventually(lambda: not alive(made["pid"]), "what has no record is ended")
+        return
+    assert server.get("/container/0") == made
+    assert server.post("/container", box("/bin/true"))["id"] == 1
+    server.get("/container/0/exited")
+    assert server.await_state(0, "exited")["exit_code"] == 137
+
+
 def test_a_server_of_another_release_upgrades_the_supervisor_in_place(server: Server, tmp_path: Path) -> None:
     before, supervisor = server.post("/container", box(TALKING, name="talker")), server.supervisor
     server.stop()

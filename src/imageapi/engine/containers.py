@@ -75,10 +75,8 @@ class Containers:
         """Find the supervisor, or have it started, and make its containers and our records one."""
         dismissed: list[asyncio.Task[None]] = []
         lives = {Key("container", life.id): life for life in await self._supervisor.connect()}
-        for key, life in lives.items():
+        for key, life in ((key, life) for key, life in lives.items() if key not in self._graph.aside):
             record = self._graph.find(key)
-            if key in self._graph.aside:
-                continue
             if life.starting:
                 self._give_up_start(life.id, life.attempt)
             elif record is None or not self._adopt(record, life):

@@ -21,7 +21,7 @@ from imageapi.config import Site
 from imageapi.drivers.base import driver
 from imageapi.engine import worker
 from imageapi.linux import memory, process
-from imageapi.runtime import supervisor
+from imageapi.runtime import claim, supervisor
 
 WORKER = b"worker"
 SUPERVISOR = b"supervisor"
@@ -119,7 +119,7 @@ def _fork_supervisor(site: Site) -> None:
 
     def live() -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        process.name(supervisor.NAME)
+        process.name(claim.NAME)
         supervisor.run(site)
 
     with contextlib.suppress(OSError):  # no process is left; the server asks again, until it gives up

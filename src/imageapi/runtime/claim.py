@@ -1,15 +1,21 @@
 """What makes a process the supervisor of a site: a lock and a socket, each a file in the site's directory. Somebody may
-remove them by hand; they are made again, so that no second supervisor begins beside this one."""
+remove them by hand; they are made again, so that no second supervisor begins beside this one: a supervisor looks at
+them when a server comes or goes, and at SIGHUP."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import signal
 import socket
+import sys
 
+from imageapi.linux import mountinfo, pidfd
 from imageapi.runtime import protocol
 
+NAME = "imageapi-super"
+"""What a supervisor's process is called."""
 LOCK = "lock"
 
 
@@ -37,6 +43,36 @@ def listen(directory: int) -> socket.socket:
     finally:
         os.chdir("/")
     return listener
+
+
+def recall(directory: int, mark: str) -> bool:
+    """If a file is missing, and the supervisor lives whose keep has this mark, have it make its files again. Whether
+    that is so."""
+    files = os.listdir(directory)
+    if LOCK in files and (protocol.SOCKET in files or _is_free(directory)):
+        return False
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            if _is_supervisor(pid, mark):
+                print(f"the supervisor, process {pid}, is asked to make its files again", file=sys.stderr, flush=True)
+                os.kill(pid, signal.SIGHUP)
+                return True
+    return False
+
+
+def _is_free(directory: int) -> bool:
+    if (taken := lock(directory)) is not None:
+        os.close(taken)
+    return taken is not None
+
+
+def _is_supervisor(pid: int, mark: str) -> bool:
+    """One has its keep's file system as its root, and takes SIGHUP. Raises: OSError."""
+    with open(f"/proc/{pid}/comm") as comm:
+        if comm.read().strip() != NAME:
+            return False
+    roots = [mount for mount in mountinfo.read(pid, mark) if mount.mountpoint == "/" and mount.source == mark]
+    return bool(roots) and pidfd.catches(pid, signal.SIGHUP)
 
 
 def stands(directory: int, taken: int) -> bool:

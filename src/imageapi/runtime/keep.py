@@ -73,6 +73,7 @@ class Keep:
         except OSError:
             os.close(pin)
             return None
+        self.restore()
         return pin
 
     def _make(self, mark: str) -> int:
@@ -81,8 +82,7 @@ class Keep:
         os.mkdir(self._path, 0o700)
         mount(mark, self._path, "tmpfs", _SAFE, "mode=700,size=4m")
         mount(None, self._path, None, MS_PRIVATE, None)
-        for directory in DIRECTORIES:
-            os.mkdir(f"{self._path}{directory}", 0o700)
+        _make_directories(self._path)
         os.close(os.open(f"{self._path}/{PIN}", os.O_CREAT | os.O_CLOEXEC, 0o600))
         keep = self._split_off()
         setns(self._host, CLONE_NEWNS)
@@ -109,6 +109,11 @@ class Keep:
         _pivot_here()
         mount("proc", "/proc", "proc", _SAFE, None)
         return _own_namespace()
+
+    @staticmethod
+    def restore() -> None:
+        """Make again what somebody has removed, who saw it in the host's namespace. To be called inside."""
+        _make_directories("")
 
     def outside(self) -> contextlib.AbstractContextManager[None]:
         """Be in the host's mount namespace for the while of a `with`."""
@@ -202,6 +207,11 @@ class Keep:
                 _umount_all(path)
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(self._path)
+
+
+def _make_directories(root: str) -> None:
+    for directory in DIRECTORIES:
+        os.makedirs(f"{root}{directory}", 0o700, exist_ok=True)
 
 
 def _own_namespace() -> int:

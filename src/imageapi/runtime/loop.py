@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import select
+import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -55,6 +57,18 @@ class Loop:
         timer = Timer(handler)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
+
+    def on_signal(self, number: int, handler: Handler) -> None:
+        """Call `handler` after a signal: at once, and in turn with the others."""
+        ours, pythons = socket.socketpair(type=socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(pythons.detach(), warn_on_full_buffer=False)
+
+        def hear() -> None:
+            ours.recv(1)
+            handler()
+
+        self.watch(ours.fileno(), hear)
 
     def stop(self) -> None:
         """Have `run` return."""

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -54,7 +55,6 @@ from imageapi.runtime.protocol import (
 )
 from imageapi.runtime.surroundings import Surroundings
 
-NAME = "imageapi-super"
 BACKLOG = 16
 LONGEST_LOG = 1 << 20
 """Bytes of bug reports that are kept from one supervisor to the next."""
@@ -78,7 +78,7 @@ def run(site: Site) -> NoReturn:
         os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
         _open_standard_files(site)
         directory = os.open(site.supervisor_dir, _DIRECTORY)
-        if (lock := claim.lock(directory)) is not None:
+        if not claim.recall(directory, _mark(site)) and (lock := claim.lock(directory)) is not None:
             _leave_service(site)
             _work(site, lock, claim.listen(directory))
         status = 0
@@ -93,7 +93,7 @@ def succeed(site: Site, lock: int, listener: int) -> NoReturn:
     has the lock, and the socket, and the containers are its children."""
     status = 1
     try:
-        process.name(NAME)
+        process.name(claim.NAME)
         process.close_all_but(lock, listener)
         _work(site, lock, socket.socket(fileno=listener))
         status = 0
@@ -101,6 +101,11 @@ def succeed(site: Site, lock: int, listener: int) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _mark(site: Site) -> str:
+    """The source of the keep's mount."""
+    return f"{site.mark_prefix}supervisor"
 
 
 def _open_standard_files(site: Site) -> None:
@@ -154,7 +159,7 @@ def _surroundings(site: Site) -> Surroundings:
         adjust_oom=_read("/proc/self/oom_score_adj") != "0",
     )
     boot_id = _read("/proc/sys/kernel/random/boot_id")
-    keep = Keep(f"{site.supervisor_dir}/keep", f"{site.mark_prefix}supervisor")
+    keep = Keep(f"{site.supervisor_dir}/keep", _mark(site))
     return Surroundings(
         directory=given.directory,
         logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
@@ -242,6 +247,7 @@ class Supervisor:
     def serve(self) -> None:
         """Serve until somebody says Quit, or nobody is left to serve."""
         self._watch_listener()
+        self._loop.on_signal(signal.SIGHUP, self._restore)
         self._loop.after(FIRST_CLIENT, self._rest)
         self._bear_spare()
         self._loop.run()
@@ -320,6 +326,7 @@ class Supervisor:
         """Make again what somebody has removed: the logs' directory, and that without which the next server, or
         supervisor, would not find us and the containers. The child in waiting has what was removed, too."""
         with contextlib.suppress(OSError):
+            self._around.keep.restore()
             renewed = self._around.logs.renew_if_gone()
             if not claim.stands(self._around.directory, self._lock):
                 renewed |= self._claim_again(self._around.directory)
