@@ -256,7 +256,7 @@ def _knock(server: Server, opened: list[socket.socket]) -> bytes | None:
 
 
 def test_a_full_log_disk_keeps_no_container_from_running(run_dir: Path) -> None:
-    printing = "/bin/sh -c 'mkfifo /gate; while read word </gate; do seq 1 20000; echo $word; done'"
+    printing = "/bin/sh -c 'mkfifo /gate; while :; do read word </gate && seq 1 20000 && echo $word; done'"
     (run_dir / "run").mkdir()
     with room.tmpfs(run_dir / "run" / "logs", "size=1m") as disk, running(run_dir / "run") as server:
         made = server.post("/container", box(printing, name="before"))
