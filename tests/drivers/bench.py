@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +141,7 @@ class Bench:
         if fs_type == "ext4":
             shutil.copyfile(images.small_image("ext4"), image)
         else:
-            formatted(image, fs_type, "300M")
+            images.formatted(image, fs_type, "300M")
         return self.acquire(self.attach(self.acquire(self.loopback(path=str(image), ro=False)), fs_type))
 
     def layered(self, *below: AnyRecord) -> AnyRecord:
@@ -215,16 +214,6 @@ KINDS: dict[str, Callable[[Bench], Made]] = {
 def stored(record: AnyRecord) -> AnyRecord:
     """The record as another process reads it from the state directory."""
     return records.decode(record.key.collection, records.encode(record))
-
-
-def formatted(image: Path, fs_type: str, size: str) -> Path:
-    """An empty file system in a file."""
-    subprocess.run(["truncate", "-s", size, image], check=True)
-    from lab.server import eventually  # here, since guests, which import this module, have no httpx
-
-    # mkfs.btrfs looks at whatever is mounted, and fails where another run's file system has just died
-    eventually(lambda: subprocess.run([f"mkfs.{fs_type}", "-q", image]).returncode == 0, f"{image} is formatted")
-    return image
 
 
 def place(record: AnyRecord) -> Path:

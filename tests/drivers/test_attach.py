@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from drivers.bench import Bench, formatted, place, standing, traces
+from drivers.bench import Bench, place, standing, traces
 from imageapi.drivers import filesystem_options
 from imageapi.drivers.mount_options import Option
 from imageapi.errors import Conflict, Invalid, Problem, Unsupported
@@ -100,7 +100,7 @@ def is_known(fs_type: str, name: str, option: Option) -> bool:
 
 @pytest.mark.parametrize(("fs_type", "size"), [("xfs", "300M"), ("btrfs", "128M")])
 def test_other_disks_are_written_and_read_again(bench: Bench, run_dir: Path, fs_type: str, size: str) -> None:
-    image = formatted(run_dir / "disk", fs_type, size)
+    image = images.formatted(run_dir / "disk", fs_type, size)
     writable = bench.acquire(bench.loopback(path=str(image), ro=False))
     record = bench.acquire(bench.attach(writable, fs_type))
     (place(record) / "file").write_text("kept")
@@ -111,7 +111,7 @@ def test_other_disks_are_written_and_read_again(bench: Bench, run_dir: Path, fs_
 
 
 def test_a_copy_of_what_is_mounted_is_a_conflict_with_a_remedy(bench: Bench, run_dir: Path) -> None:
-    image = formatted(run_dir / "disk", "xfs", "300M")
+    image = images.formatted(run_dir / "disk", "xfs", "300M")
     shutil.copy(image, run_dir / "copy")
     first, second = (bench.acquire(bench.loopback(path=str(run_dir / name), ro=False)) for name in ("disk", "copy"))
     bench.acquire(bench.attach(first, "xfs"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from lab.session import current
@@ -18,6 +19,16 @@ def systemd_image() -> Path:
 def small_image(format: Format = "squashfs") -> Path:
     """Busybox, a few files, and commands that cannot be run: see `tools.images.small_image`."""
     return _own_copy(images.small_image(format))
+
+
+def formatted(image: Path, fs_type: str, size: str) -> Path:
+    """An empty file system in a file."""
+    subprocess.run(["truncate", "-s", size, image], check=True)
+    from lab.server import eventually  # here, since guests, which import this module, have no httpx
+
+    # mkfs.btrfs looks at whatever is mounted, and fails where another run's file system has just died
+    eventually(lambda: subprocess.run([f"mkfs.{fs_type}", "-q", image]).returncode == 0, f"{image} is formatted")
+    return image
 
 
 def _own_copy(image: Path) -> Path:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from lab.images import formatted
 from lab.server import Server, eventually, running_as
 
 PAGE = 4096
@@ -27,9 +28,7 @@ def tmpfs(place: Path, options: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def subvolume(place: Path, image: Path) -> Iterator[Path]:
     """A btrfs, which can be made read-only under a running server (`set_read_only`)."""
-    with image.open("wb") as file:
-        file.truncate(128 << 20)
-    subprocess.run(["mkfs.btrfs", "-q", image], check=True)
+    formatted(image, "btrfs", "128M")
     place.mkdir()
     subprocess.run(["mount", "-o", "loop", image, place], check=True)
     try:
