@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT = 5.0
 """Seconds for a call that the supervisor answers at once, a new supervisor's appearance included."""
+APPEARANCE = 30.0
+"""Seconds for the first, unless it is seen before that nothing comes of it."""
 MARGIN = 3.0
 """Seconds that a start's answer may take beyond the start's own timeout."""
 UNSENT = (errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.ETOOMANYREFS)
@@ -167,11 +169,19 @@ class Supervisor:
         """The process that listened at the last attempt; 0 before any."""
 
     async def connect(self) -> list[Life]:
-        """Find the supervisor, or have it launched; all lives it knows.
+        """Find the supervisor, or have it launched; all lives it knows. On a host that has too much to do that may take
+        longer than a call.
 
         Raises: errors.Problem.
         """
-        lives = await self.list()
+        end = asyncio.get_running_loop().time() + APPEARANCE
+        while True:
+            try:
+                lives = await self.list()
+                break
+            except errors.TimedOut:
+                if self._complaint() or asyncio.get_running_loop().time() > end:
+                    raise
         self._running = {life.id: life.attempt for life in lives if life.running}
         return lives
 
@@ -285,7 +295,12 @@ class Supervisor:
             raise errors.TimedOut(self._silence(request, timeout)) from None
 
     def _silence(self, request: Request, timeout: float) -> str:
-        """What to say of a supervisor that does not answer: its log's last line may tell why."""
+        """What to say of a supervisor that does not answer."""
+        said = f"the supervisor did not answer '{type(request).__name__.lower()}' in {timeout:g}s"
+        return self._complaint() or f"{said}; see {self._site.supervisor_dir}/{protocol.LOG}"
+
+    def _complaint(self) -> str | None:
+        """Why it does not answer, as far as its state or its log's last line tells."""
         process = pidfd.look(self._found) if self._found else None
         if process is not None and process.state in "Tt":
             return f"the supervisor, process {self._found}, is stopped; let it go on: kill -CONT {self._found}"
@@ -294,7 +309,7 @@ class Supervisor:
             last = log.read().strip().rpartition("\n")[2]
             if last:
                 return f"the supervisor does not work: {last}; see {path}"
-        return f"the supervisor did not answer '{type(request).__name__.lower()}' in {timeout:g}s; see {path}"
+        return None
 
     def _connected(self) -> asyncio.Task[_Connection]:
         """The connection, or the attempt to have one."""
