@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from lab.server import FOREVER, Server, box, eventually, image, squashfs, writable
+from imageapi.config import BASE
+from lab.server import FOREVER, Server, alive, box, eventually, image, squashfs, writable
 
 pytestmark = pytest.mark.api
 
@@ -94,3 +99,47 @@ def test_use_and_delete_of_the_same_object(server: Server) -> None:
     codes = set(chain.from_iterable(at_once(server, work)))
     assert codes <= {200, 201, 404}
     eventually(lambda: all(one["refs"] and "problem" not in one for one in server.everything()), "all is settled")
+
+
+HASTE = 0.008
+"""Seconds within which a client that does not wait for an answer goes: a nested create takes as long."""
+
+
+def _asked_and_left(server: Server, number: int) -> None:
+    """Requests of one client, each on a connection that it closes at some moment, whatever comes back."""
+    chance = random.Random(number)
+    for _ in range(30):
+        name = chance.choice(("one", "two", "three"))
+        state = chance.choice(("created", "running"))
+        method, path, body = chance.choice(
+            [
+                ("POST", "/container", box(FOREVER, name=name, state=state)),
+                ("POST", "/container", box(FOREVER, state=state)),
+                ("PATCH", f"/container/byname/{name}", {"state": chance.choice(("running", "exited"))}),
+                ("DELETE", f"/container/byname/{name}?force=true", None),
+            ]
+        )
+        text = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {BASE}{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n".encode()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(server.socket))
+            connection.sendall(head + text)
+            time.sleep(chance.uniform(0, HASTE))
+
+
+def _at_rest(server: Server) -> bool:
+    stops = any(made["state"] == "stopping" for made in server.get("/container"))
+    return not stops and server.get("/progress") == []
+
+
+def test_clients_that_do_not_wait_for_an_answer(server: Server) -> None:
+    """What they asked for is whole or gone, and what is there can be used and deleted."""
+    at_once(server, lambda _, number: _asked_and_left(server, number))
+    eventually(lambda: _at_rest(server), "what was under way has ended")
+    for made in server.get("/container"):
+        assert made["state"] in ("created", "running", "exited", "dead"), made
+        assert made["pid"] is None or alive(made["pid"])
+    roots = [made["mount"]["id"] for made in server.get("/container")]
+    assert sorted(roots) == sorted(one["id"] for one in server.get("/mount") if one["kind"] == "overlay")
+    assert all(one["refs"] == 1 for one in server.get("/mount") if one["kind"] == "overlay")
+    assert server.leaks() == []
