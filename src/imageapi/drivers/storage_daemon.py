@@ -44,6 +44,9 @@ from imageapi.spec import COLLECTIONS, Secret
 
 __all__ = ["PACKAGES", "PROGRAM", "missing"]
 
+PREFIX = "daemon-"
+"""How the directory of a daemon begins."""
+
 LIMIT = 20
 """The most images of one daemon: its crash takes no more than these."""
 
@@ -150,12 +153,44 @@ def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> N
     name = _daemon_of(site, key)
     if name is None:
         _unmount_export(site, key)
+        if known(site, key):
+            _close_wherever(site, key)
         _remove_directory(site, key)
         return
     with _locked(site, name, deadline.within(LOCK_TIMEOUT)) as daemon:
         with _killing(site, daemon, key, expendable=expendable):
             _let_go(daemon, _node(site, key), deadline.within(CLOSE_TIMEOUT) if expendable else deadline)
         _leave(site, key, daemon)
+
+
+def _close_wherever(site: Site, key: Key) -> None:
+    """Somebody has removed what says which daemon has the image open: so all are told to close it."""
+    for name in daemons(site):
+        with contextlib.suppress(TimeoutError), _locked(site, name, Deadline(LOCK_TIMEOUT)) as daemon:
+            _let_go(daemon, _node(site, key), Deadline(CLOSE_TIMEOUT))
+            if not daemon.members():
+                daemon.end()
+
+
+def end_idle(site: Site, name: str) -> None:
+    """End a daemon that has no member. Raises: TimeoutError."""
+    with _locked(site, name, Deadline(LOCK_TIMEOUT)) as daemon:
+        if not daemon.members():
+            daemon.end()
+
+
+def idle(site: Site) -> dict[str, int | None]:
+    """The daemons without a member, which nobody would ever end, and their pids: somebody has removed what their
+    images were known by. None, while it is not known whose an image is."""
+    if any(_daemon_of(site, key) is None for key in exports(site)):
+        return {}
+    found = (Daemon(site, name, -1) for name in daemons(site))
+    return {os.path.basename(each.path): each.pid() for each in found if not each.members()}
+
+
+def daemons(site: Site) -> list[str]:
+    """The directories of all daemons of the site."""
+    return sorted(name for name in os.listdir(site.helpers_dir) if name.startswith(PREFIX))
 
 
 @contextlib.contextmanager
@@ -345,7 +380,7 @@ def _joined(site: Site, key: Key, group: str, deadline: Deadline) -> Iterator[Da
     counted, and one of them moves on."""
     for number in itertools.count():
         with contextlib.ExitStack() as held:
-            if (daemon := _entered(held, site, key, f"daemon-{group}-{number}", deadline)) is not None:
+            if (daemon := _entered(held, site, key, f"{PREFIX}{group}-{number}", deadline)) is not None:
                 yield daemon
                 return
 

@@ -147,6 +147,14 @@ def _exports(site: Site, known: Known) -> Iterator[Stray]:
             yield Stray(f"the storage daemon's export {file}", remedy, partial(exported.abandon, key, site), key)
 
 
+def _daemons(site: Site, known: Known) -> Iterator[Stray]:
+    for name, pid in storage_daemon.idle(site).items() if os.path.isdir(site.helpers_dir) else ():
+        path = f"{site.helpers_dir}/{name}"
+        what = f"the storage daemon {pid or ''} of {path}, which has no image,"
+        kill = f"kill {pid}; " if pid else ""
+        yield Stray(what, f"{kill}rm -r {path}", partial(storage_daemon.end_idle, site, name), None)
+
+
 def _sessions(site: Site, known: Known) -> Iterator[Stray]:
     if not iscsi.available():
         return
@@ -174,7 +182,8 @@ def _images(site: Site, known: Known) -> Iterator[Stray]:
 SEARCHES: dict[str, Search] = {
     "the mounts": _mounts,
     "the loop devices": _loops,
-    "the storage daemons": _exports,
+    "the storage daemons' images": _exports,
+    "the storage daemons": _daemons,
     "the iSCSI sessions": _sessions,
     "the RBD devices": _images,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -132,6 +134,35 @@ def test_a_hung_daemon_is_killed_when_nothing_stands_on_any_of_its_images(
         for each in reversed(what):
             DRIVER.release(each, site)
     assert_nothing_left(site, "after the release")
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "beside another"])
+def test_an_image_whose_daemon_was_forgotten_is_let_go_all_the_same(
+    site: Site, ceph: Cluster, image: str, several: bool
+) -> None:
+    """Somebody has removed what says which it is: meanwhile none is taken for one that nobody needs."""
+    forgotten, other = (record(definition(ceph, image), number) for number in range(2))
+    with contextlib.ExitStack() as also, attached(site, forgotten):
+        if several:
+            also.enter_context(attached(site, other))
+        (name,) = storage_daemon.daemons(site)
+        os.unlink(storage_daemon.private_path(site, forgotten.key, "daemon"))
+        assert storage_daemon.idle(site) == {}
+        DRIVER.release(forgotten, site)
+        assert storage_daemon.daemons(site) == [name] * several
+        assert ceph.watchers(image) == several
+
+
+def test_a_daemon_that_nobody_needs_any_more_is_found_and_ended(site: Site, ceph: Cluster, image: str) -> None:
+    """Somebody has removed all that there was of its image."""
+    what = record(definition(ceph, image))
+    with attached(site, what):
+        storage_daemon.sever(site, what.key)
+        shutil.rmtree(os.path.dirname(storage_daemon.export_path(site, what.key)))
+        ((name, pid),) = storage_daemon.idle(site).items()
+        assert pid in daemons(site).values()
+        storage_daemon.end_idle(site, name)
+        assert daemons(site) == {}
 
 
 def test_a_new_image_is_not_kept_waiting_by_a_hung_daemon(
