@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,15 @@ from drivers.exporting import (
     daemons,
     process_texts,
 )
-from drivers.iscsi.on_target import DRIVER, MUTUAL, SCRATCH, TARGET_ACCOUNT, Lab, chap, definition, mutual, record
+from drivers.iscsi.on_target import DRIVER, MUTUAL, SCRATCH, TARGET_ACCOUNT, Lab, chap, definition, fill, mutual, record
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import daemon_process, exported, storage_daemon
+from imageapi.drivers.iscsi import portals
 from imageapi.drivers.qmp import Deadline, conversation, descriptor
 from imageapi.linux import mount
 from lab.ceph import wait_until
-from lab.iscsi import Server
+from lab.iscsi import PORT, Server
 from lab.machine import Machine
 
 pytestmark = pytest.mark.iscsi
@@ -81,7 +84,7 @@ def test_what_was_written_is_not_given_up_while_the_target_is_away(site: Site, m
         lab.server.kill()
         try:
             (pid,) = daemons(site).values()
-            with pytest.raises(errors.TimedOut, match=f"does not answer.* end process {pid} "):
+            with pytest.raises(errors.TimedOut, match=f"does not answer.* 'kill -9 {pid}' "):
                 DRIVER.release(what, site)
             assert DRIVER.observe(what, site) is not None
         finally:
@@ -96,6 +99,38 @@ def test_a_target_that_takes_connections_and_says_nothing_is_away(site: Site, la
     with attached(site, what), lab.server.silent(), refused:
         DRIVER.release(what, site)
     assert_nothing_left(site, "after the detach")
+
+
+def test_what_was_written_at_a_portal_that_is_away_is_not_given_up_for_another(
+    site: Site, machine: Machine, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU stays with the portal that it has."""
+    with another_portal(machine, lab) as first:
+        both = [portals.Portal(server.host, PORT) for server in (first, lab.server)]
+        monkeypatch.setattr(portals, "resolve", lambda _: both)
+        what = record(definition(lab, lun=SCRATCH, ro=False))
+        with attached(site, what) as device:
+            with open(device, "r+b") as block:
+                block.write(b"kept" * 1024)
+            with first.silent(), pytest.raises(errors.TimedOut, match=f"does not answer at {first.host}"):
+                DRIVER.release(what, site)
+        assert Path(first.directory, "scratch-1").read_bytes().startswith(b"kept" * 1024)
+    assert_nothing_left(site, "after the detach")
+
+
+@contextlib.contextmanager
+def another_portal(machine: Machine, lab: Lab) -> Iterator[Server]:
+    """A server of its own with the same targets."""
+    server = Server(str(machine.session.fast / "another"))
+    server.start()
+    try:
+        image = machine.session.fast / "another-image"
+        image.write_bytes(lab.image)
+        fill(server, image)
+        image.unlink()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -174,7 +209,7 @@ def test_the_secrets_are_nowhere_to_be_read(site: Site, lab: Lab) -> None:
         assert (shown := process_texts())[f"/proc/{pid}/cmdline"]
         assert all(secret not in text for secret in secrets for text in shown.values())
         files = [path for path in Path(site.run_dir).rglob("*") if path.is_file() and path.name != "export"]
-        assert {path.name for path in files} == {"pid", "loop"}
+        assert {path.name for path in files} == {"pid", "loop", "portal"}
         assert all(secret not in path.read_bytes() for secret in secrets for path in files)
 
 

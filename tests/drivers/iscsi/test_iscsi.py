@@ -40,7 +40,7 @@ from imageapi.drivers.iscsi import pdu, portals
 from imageapi.drivers.qmp import Deadline
 from imageapi.linux import blockqueue, loop, mount
 from imageapi.spec import Secret
-from lab.iscsi import free_address
+from lab.iscsi import PORT, free_address
 
 pytestmark = pytest.mark.iscsi
 
@@ -226,11 +226,20 @@ def test_a_portal_that_sends_us_to_another(lab: Lab) -> None:
     assert [str(each) for each in found] == [f"{lab.server.host}:3260"]
 
 
-def test_a_name_with_a_dead_address_is_tried_at_the_next(site: Site, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead, alive = free_address(), lab.server.host
-    monkeypatch.setattr(portals, "resolve", lambda _: [portals.Portal(address, 3260) for address in (dead, alive)])
-    what = definition(lab, host="two.addresses")
-    assert [str(each) for each in portals.reach(what, Deadline(5))] == [f"{alive}:3260"]
+@pytest.mark.parametrize("silent", [0, 3])
+def test_a_name_with_dead_addresses_is_tried_at_the_next(
+    site: Site, lab: Lab, monkeypatch: pytest.MonkeyPatch, silent: int
+) -> None:
+    """Those that say nothing have their share of the time, and no more."""
+    with contextlib.ExitStack() as listening:
+        dead = [free_address()]
+        for _ in range(silent):
+            dead.append(listening.enter_context(socket.create_server((free_address(), PORT))).getsockname()[0])
+        monkeypatch.setattr(
+            portals, "resolve", lambda _: [portals.Portal(each, PORT) for each in (*dead, lab.server.host)]
+        )
+        found = portals.reach(definition(lab, host="many.addresses"), Deadline(4))
+    assert [str(each) for each in found] == [f"{lab.server.host}:{PORT}"]
 
 
 def test_a_host_without_the_storage_daemon_is_told_what_to_install(

@@ -25,6 +25,9 @@ from imageapi.spec import Iscsi, Secret
 REFUSED = "see the target's log, and whether it has room"
 """Where to look when the target refuses writes."""
 
+PORTAL = "portal"
+"""The file beside the export that names the portal at which the daemon has its session."""
+
 
 def acquire(key: Key, definition: Iscsi, site: Site) -> str:
     """Attach the logical unit and return its block device. Leaves nothing when it fails.
@@ -53,18 +56,30 @@ def release(key: Key, definition: Iscsi, site: Site) -> None:
 
 
 def _check_target(key: Key, definition: Iscsi, site: Site) -> None:
-    """A flush to a target that is away would wait for it in the kernel, where nothing can end it: so see first.
+    """A flush to a target that is away would wait for it in the kernel, where nothing can end it: so see first. That
+    another portal answers is no help: QEMU stays with the one it has.
 
     Raises: errors.TimedOut.
     """
-    if portals.answers(definition):
+    portal = _portal_of(key, site)
+    if portals.answers(definition, portal):
         return
     raise TimedOut(
-        f"target {definition.target} does not answer, and may not have all that was written: it is detached when the "
-        f"target is back; to give up what is not there, end process {storage_daemon.process_of(site, key)} "
-        f"({storage_daemon.PROGRAM})",
+        f"target {definition.target} does not answer at {portal or definition.host}, and may not have all that was "
+        "written: it is detached when the target is back; to give up what is not there, "
+        f"'kill -9 {storage_daemon.process_of(site, key)}' ({storage_daemon.PROGRAM}; it may heed nothing else)",
         path="$.host",
     )
+
+
+def _portal_of(key: Key, site: Site) -> Portal | None:
+    """Where the daemon has its session; None where the release that attached the unit did not note it."""
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(storage_daemon.private_path(site, key, PORTAL), encoding="ascii") as note,
+    ):
+        return portals.parse(note.read())
+    return None
 
 
 def mend(key: Key, definition: Iscsi, site: Site) -> tuple[str, str | None]:
@@ -95,7 +110,9 @@ def source(key: Key, definition: Iscsi, portal: Portal) -> Source:
     if definition.chap is not None:
         blockdev["user"] = definition.chap.user
         secret = Secret(base64.b64encode(definition.chap.secret.reveal().encode()).decode())
-    return Source(f"{key.collection}-{key.id}", blockdev, secret, {}, definition.ro, "password-secret")
+    return Source(
+        f"{key.collection}-{key.id}", blockdev, secret, {PORTAL: str(portal)}, definition.ro, "password-secret"
+    )
 
 
 # ----------------------------------------------------------------------------------- QEMU's words, and ours

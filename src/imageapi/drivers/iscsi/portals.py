@@ -67,15 +67,17 @@ def resolve(definition: Iscsi) -> list[Portal]:
 
 def reach(definition: Iscsi, deadline: Deadline, *, discover: bool = False) -> list[Portal]:
     """The portals at which the logical unit can be had: the first that let us in, and with `discover` those that
-    the target names beside it.
+    the target names beside it. The time that is left is for all of them: one that is silent takes only its share.
 
     Raises: errors.Problem in the user's terms; errors.TimedOut when no portal answers.
     """
     silent: list[str] = []
     refusal: Problem | None = None
-    for portal in resolve(definition):
+    found = resolve(definition)
+    for left, portal in zip(range(len(found), 0, -1), found, strict=True):
         try:
-            return _visit(portal, definition, deadline, discover=discover)
+            share = deadline.within(deadline.left() / left)
+            return _visit(portal, definition, share, discover=discover)
         except OSError as error:
             silent.append(f"{portal} ({error.strerror or 'no answer in time'})")
         except _Later as later:
@@ -183,12 +185,17 @@ def _disks(session: Login) -> str:
     return f"its disks are at LUN {named}" if units else "it shows this initiator no disk"
 
 
-def answers(definition: Iscsi) -> bool:
-    """Whether the target speaks with us now, if only to refuse us. One that is stopped still takes connections."""
+def answers(definition: Iscsi, portal: Portal | None = None) -> bool:
+    """Whether the target speaks with us now, if only to refuse us; at one portal, or at any that it has for us. One
+    that is stopped still takes connections."""
+    deadline = Deadline(CONNECT_TIMEOUT)
     try:
-        reach(definition, Deadline(CONNECT_TIMEOUT))
-    except TimedOut:
+        if portal is None:
+            reach(definition, deadline)
+        else:
+            _visit(portal, definition, deadline, discover=False)
+    except (OSError, TimedOut):
         return False
-    except Problem:
+    except (Problem, _Later):
         return True
     return True
