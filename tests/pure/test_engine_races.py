@@ -325,6 +325,22 @@ def test_a_delete_does_not_wait_for_ever_for_what_was_asked_before(tmp_path: Pat
     act(scenario, tmp_path, timeout=0.05)
 
 
+def test_what_waits_for_something_else_is_not_said_to_be_in_the_making(tmp_path: Path) -> None:
+    """An image that is just being mended goes when that has come back."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(on(loopback("/image")))
+        kernel.hold("mend", IMAGE)
+        with pytest.raises(TimedOut):
+            await engine._jobs.drive("mend", engine._graph.get(IMAGE))
+        await engine.delete(MOUNT, force=False)
+        assert "not come back from what was asked of it before" in (engine.picture(IMAGE).record.problem or "")
+        kernel.let_go("mend", IMAGE)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path, timeout=0.05)
+
+
 def test_a_record_that_is_gone_is_not_written_again(tmp_path: Path) -> None:
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         made = await engine.create(on(loopback("/image")))

@@ -110,7 +110,7 @@ class Daemon:
         return errors.TimedOut(
             f"process {pid} ({PROGRAM}), which has the image open, does not answer: see whether it was stopped (State "
             f"in /proc/{pid}/status) or waits for its store; this goes on by itself when it answers, or when you end "
-            f"it{consequence}"
+            f"it (kill -9 {pid}){consequence}"
         )
 
     def _replace(self, deadline: Deadline) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from imageapi.config import Site
 from imageapi.drivers import block, export_loop, revisit, storage_daemon
-from imageapi.drivers.base import Audited
+from imageapi.drivers.audit import DELETE, Host, Wrong, gone
 from imageapi.drivers.qmp import Deadline
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Conflict, Exhausted, Problem
@@ -33,6 +33,14 @@ REFUSED = "refused"
 """The file beside the export that notes that writes were refused."""
 
 
+CUT_OFF = Wrong(
+    "its storage helper has ended, or it was cut off from a store that did not answer; it is being mended",
+    f"see to the store, and start imageapi-server, if it does not run; or {DELETE}",
+    "is cut off from its store",
+)
+"""The verdict on an image whose device is there, and nobody serves."""
+
+
 class Way(Protocol):
     """A module by which images are attached, and let go again."""
 
@@ -45,7 +53,7 @@ class DaemonsWay(Way, Protocol):
     def mend(self, key: Key, definition: Any, site: Site) -> tuple[str, str | None]: ...
 
 
-class ExportedDriver(Audited):
+class ExportedDriver:
     """What the kinds have in common whose images a storage daemon opens, or the kernel's own driver: `kernel` and
     `daemon` are their modules for that."""
 
@@ -56,8 +64,18 @@ class ExportedDriver(Audited):
         """Attach the image in the way that is to be taken here; its block device. Raises: as `acquire`."""
         raise NotImplementedError
 
+    def observe(self, record: AnyRecord, site: Site) -> Facts | None:
+        raise NotImplementedError
+
     def read_only(self, definition: Any) -> bool:
         raise NotImplementedError
+
+    def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
+        """What can only be read and has lost its daemon is not lost: it is mended."""
+        if self.observe(record, site) is not None:
+            return None
+        mendable = self.read_only(record.definition) and export_loop.find(site, record.key) is not None
+        return CUT_OFF if mendable else gone()
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         device = self.attach(record, site)

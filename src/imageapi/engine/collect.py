@@ -50,11 +50,12 @@ class Collector:
         record = self._graph.find(key)
         if record is None or record.phase is Phase.RELEASING or self._graph.held(key):
             return
-        untouched = record.phase is Phase.PLANNED
+        before = record.phase
         record.phase, record.problem = Phase.RELEASING, None
         if self._jobs.under_way(key):
-            self.put_off(record, TimedOut("the host has not come back from making it; it is undone when it does"))
-        elif untouched:
+            asked = "making it" if before is Phase.ACQUIRING else "what was asked of it before"
+            self.put_off(record, TimedOut(f"the host has not come back from {asked}; it is undone when it does"))
+        elif before is Phase.PLANNED:
             await self.forget(record)
         elif isinstance(record.spec, Container):
             await self._release_alone(record)
@@ -124,7 +125,7 @@ class Collector:
         Raises: errors.Problem; a bug is one, too, so that it is told and tried again.
         """
         with self._mender.relieving(record):
-            await self._jobs.settle(record.key)
+            await self._jobs.settle(record)
             if isinstance(record.spec, Container):
                 await _or_bug(record, self._containers.discard(record))
             else:

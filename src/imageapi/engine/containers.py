@@ -255,7 +255,7 @@ class Containers:
         except TimeoutError:
             raise TimedOut(
                 f"{describe(record)} was killed, but process {run.pid} has not ended in {self._operation_timeout:g}s; "
-                f"see what it waits for in /proc/{run.pid}/stack"
+                f"see what it waits for in /proc/{run.pid}/stack{self._jobs.giving_up(record)}"
             ) from None
 
     # -------------------------------------------------------------------------------------------------- a start

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from imageapi.drivers.base import LOCAL_STORE, driver
@@ -74,7 +74,19 @@ class Jobs:
         for job in jobs:
             if job.about is not None:
                 self._remember(job.about.key, job)
-        return Series(self._pool, Chain(store, jobs), self._timeout)
+        return Series(self._pool, Chain(store, jobs), self._timeout, self.giving_up)
+
+    def giving_up(self, record: AnyRecord) -> str:
+        """What else there is than to wait, for who waits for what was written to an object or below it: a clause; ""
+        where that does not go through a storage helper. What can only be read is cut off without being asked."""
+        helpers = (one.facts.helper for one in (record, *self._graph.below(record.key)) if self._is_written(one))
+        pids = sorted({helper.pid for helper in helpers if helper is not None})
+        processes = " ".join(map(str, pids))
+        return f"; to give up what was written, 'kill -9 {processes}' (its storage helper)" if pids else ""
+
+    @staticmethod
+    def _is_written(record: AnyRecord) -> bool:
+        return record.key.collection == "attach" and not driver("attach", record.kind).read_only(record.definition)
 
     def under_way(self, key: Key) -> asyncio.Future[Any] | None:
         """The job that is still under way on an object whose caller has given up; None when there is none. One that
@@ -86,16 +98,17 @@ class Jobs:
         """All jobs on objects that are under way or wait for their turn, the oldest first."""
         return [job for job in self._under_way.values() if not job.result.done()]
 
-    async def settle(self, key: Key) -> None:
+    async def settle(self, record: AnyRecord) -> None:
         """Wait for the job that is still under way on an object, if one is.
 
         Raises: errors.TimedOut.
         """
-        if (job := self.under_way(key)) is None:
+        if (job := self.under_way(record.key)) is None:
             return
         done, _ = await asyncio.wait({job}, timeout=self._timeout)
         if not done:
-            raise TimedOut(f"the host has not come back from what was asked of {key} before; see to its store")
+            late = "the host has not come back from what was asked of it before; see to its store"
+            raise TimedOut(f"{late}{self.giving_up(record)}")
 
     def _remember(self, key: Key, job: Job) -> None:
         def forget(_: object) -> None:
@@ -111,9 +124,10 @@ class Series:
     """Jobs under way in one worker; their outcomes are asked for in turn. At the end of the `with` none is begun any
     more: the one that is under way still ends in its own time."""
 
-    def __init__(self, pool: Pool, chain: Chain, timeout: float) -> None:
+    def __init__(self, pool: Pool, chain: Chain, timeout: float, giving_up: Callable[[AnyRecord], str]) -> None:
         self._pool = pool
         self._chain = chain
+        self._giving_up = giving_up
         self._timeout = timeout
         self._asked = iter(tuple(chain.jobs))
         pool.submit(chain)
@@ -155,7 +169,10 @@ class Series:
         what = f"{job.name} of {describe(about) if about else 'the host'} {late}"
         if self._chain.worker is None:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
-        remedy = "it goes when that is back" if job.name == "release" else "see to it, or delete what needs it"
+        if job.name == "release" and about is not None:
+            remedy = f"it goes when that is back{self._giving_up(about)}"
+        else:
+            remedy = "see to it, or delete what needs it"
         return f"{what}: {where} does not answer; {remedy}"
 
 

@@ -192,7 +192,7 @@ class Mender:
             self._told.pop(record.key, None)
             return True
         try:
-            await self._jobs.settle(record.key)
+            await self._jobs.settle(record)
             facts, complaint = await self._jobs.drive("mend", record)
         except Problem as problem:
             log.warning("%s is not mended: %s", describe(record), problem.message)
