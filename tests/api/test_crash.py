@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 
-from lab import iscsi
 from lab.book import AT_START, VICTIMS, WITH_HELPERS, FaultyServer
-from lab.ceph import Cluster
 from lab.crashes import ON_A_HELPER, STORIES, Lab, groups, sever, start_again
 from lab.faults import Step
 from lab.images import small_image
-from lab.machine import Machine
-from lab.remote import on_rbd
+from lab.remote import BY_DAEMON, Store, on, over
 
 pytestmark = [
     pytest.mark.api,
@@ -51,36 +48,16 @@ def lab(run_dir: Path) -> Iterator[Lab]:
         yield lab
 
 
-@pytest.fixture
-def on_ceph(ceph: Cluster) -> dict[str, Any]:
-    """A mount of an image in a Ceph. It stays: a daemon that was killed is its user for another 30 s."""
-    name = f"crash-{secrets.token_hex(3)}"
-    ceph.import_image(str(small_image()), name)
-    return on_rbd(ceph, name)
-
-
-@pytest.fixture
-def on_iscsi(machine: Machine) -> Iterator[dict[str, Any]]:
-    """A mount of a disk of a target."""
-    target = iscsi.Server(str(machine.session.fast / "target"))
-    target.start()
-    target.add_disk(target.add_target(TARGET), 1, str(small_image()))
-    unit = {"initiator": INITIATOR, "target": TARGET, "host": target.host, "port": iscsi.PORT, "lun": 1, "ro": True}
-    attach = {"kind": "iscsi", "iscsi": unit}
-    yield {"kind": "attach", "attach": {"fs_type": "squashfs", "mount_options": ["ro"], "attach": attach}}
-    target.stop()
-
-
 @pytest.fixture(params=["on_ceph", "on_iscsi"])
-def lab_on_a_helper(request: pytest.FixtureRequest, run_dir: Path, ceph: Cluster) -> Iterator[Lab]:
-    """One whose containers are on an image that a storage daemon serves."""
-    server = FaultyServer(run_dir, "--rbd-backend", "daemon", "--iscsi-backend", "daemon")
-    mount = {"kind": "overlay", "overlay": {"lower": [request.getfixturevalue(request.param)]}}
-    with _lab(server, mount) as lab:
+def lab_on_a_helper(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[Lab]:
+    """One whose containers are on an image that a storage daemon serves. (On a Ceph it stays: a daemon that was killed
+    is its user for another 30 s.)"""
+    store: Store = request.getfixturevalue(request.param)
+    name = f"crash-{secrets.token_hex(3)}"
+    store.put(small_image(), name)
+    with _lab(FaultyServer(run_dir, *BY_DAEMON), over(on(store, name))) as lab:
         yield lab
 
-
-INITIATOR, TARGET = "iqn.2026-01.test:node", "iqn.2026-01.test:crash"
 
 EVERY = "IMAGEAPI_EVERY_CRASH" in os.environ
 """Each step in each story, however often it comes, with each victim: some 20 minutes."""

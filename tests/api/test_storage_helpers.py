@@ -1,4 +1,7 @@
-"""A storage helper that is killed or stopped, and a cluster that is silent, under containers that run."""
+"""A storage helper that is killed or stopped, and a store that is away, under containers that run.
+
+On a Ceph the images of one user have a helper together; on an iSCSI target each has its own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import concurrent.futures
 import contextlib
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,19 +19,30 @@ from typing import Any
 
 import pytest
 
-from lab.ceph import Cluster
 from lab.machine import Machine
-from lab.remote import NOISE, box_on, helpers, on_rbd, rbd, reads, stopped
+from lab.remote import (
+    BY_DAEMON,
+    NOISE,
+    Store,
+    attach,
+    box_on,
+    helpers,
+    on,
+    over,
+    reads,
+    stopped,
+)
 from lab.server import FOREVER, Server, eventually, image, kill, running
 
-pytestmark = [pytest.mark.api, pytest.mark.ceph]
+pytestmark = [pytest.mark.api, pytest.mark.ceph, pytest.mark.iscsi]
 
 IMAGES = ("one", "two", "three")
+ONLY_CEPH = pytest.mark.parametrize("store", ["on_ceph"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def boxes(machine: Machine, ceph: Cluster) -> None:
-    """Images of the cluster with busybox and noise in them."""
+def boxes(machine: Machine) -> Iterator[Path]:
+    """An image with busybox and noise in it."""
     tree = machine.session.disk / "boxes"
     with machine.expecting():
         (tree / "bin").mkdir(parents=True)
@@ -35,24 +50,41 @@ def boxes(machine: Machine, ceph: Cluster) -> None:
         for command in ("sleep", "cat"):
             (tree / "bin" / command).symlink_to("busybox")
         (tree / NOISE).write_bytes(random.Random(2).randbytes(4 << 20))
-    packed = machine.session.disk / "boxes.sqsh"
-    subprocess.run(["mksquashfs", tree, packed, "-quiet", "-no-progress", "-no-xattrs"], check=True, timeout=60)
-    for name in IMAGES:
-        ceph.import_image(str(packed), name)
+        packed = machine.session.disk / "boxes.sqsh"
+        subprocess.run(["mksquashfs", tree, packed, "-quiet", "-no-progress", "-no-xattrs"], check=True, timeout=60)
+    yield packed
     shutil.rmtree(tree)
     packed.unlink()
 
 
+@pytest.fixture(scope="module", params=["on_ceph", "on_iscsi"])
+def store(request: pytest.FixtureRequest, boxes: Path) -> Store:
+    """One with the image in it, under several names."""
+    store: Store = request.getfixturevalue(request.param)
+    for name in IMAGES:
+        store.put(boxes, name)
+    return store
+
+
 @pytest.fixture
-def server(run_dir: Path, boxes: None) -> Iterator[Server]:
-    """One that attaches with the storage daemon whatever the kernel has."""
-    with running(run_dir, "--rbd-backend", "daemon", "--operation-timeout", "10s", "--stop-timeout", "1s") as server:
+def server(run_dir: Path, store: Store) -> Iterator[Server]:
+    with running(run_dir, *BY_DAEMON, "--operation-timeout", "10s", "--stop-timeout", "1s") as server:
         yield server
 
 
-def started(server: Server, ceph: Cluster, name: str) -> dict[str, Any]:
+@pytest.fixture
+def empty(store: Store, tmp_path: Path) -> str:
+    """An empty image of the test's own."""
+    file = tmp_path / f"empty-{secrets.token_hex(3)}"
+    file.touch()
+    os.truncate(file, 16 << 20)
+    store.put(file, file.name)
+    return file.name
+
+
+def started(server: Server, store: Store, name: str) -> dict[str, Any]:
     """A container that sleeps on an image: all that it needs of it for that is in memory."""
-    box: dict[str, Any] = server.post("/container", box_on(ceph, name))
+    box: dict[str, Any] = server.post("/container", box_on(store, name))
     eventually(lambda: "nanosleep" in Path(f"/proc/{box['pid']}/wchan").read_text(), "it sleeps")
     return box
 
@@ -90,44 +122,44 @@ def mended(server: Server) -> bool:
     return all("keeps errors that it met" in text for text in problems(server))
 
 
-def test_a_helper_that_is_killed_is_replaced_under_all_its_images(server: Server, ceph: Cluster) -> None:
-    boxes = [started(server, ceph, name) for name in IMAGES]
-    (pid,) = helpers(server).values()
-    os.kill(pid, signal.SIGKILL)
-    eventually(lambda: pid not in helpers(server).values() and helpers(server), "there is a new helper")
+def all_helpers(server: Server) -> set[int]:
+    return set(helpers(server).values())
+
+
+def test_a_helper_that_is_killed_is_replaced_under_all_its_images(server: Server, store: Store) -> None:
+    boxes = [started(server, store, name) for name in IMAGES]
+    before = all_helpers(server)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(all_helpers(server) - before) == len(before), "there are new helpers")
     eventually(lambda: all_well(server), "all is mended")
-    assert len(helpers(server)) == 1
-    for before in boxes:
-        after = server.get(f"/container/{before['id']}")
-        assert (after["state"], after["pid"]) == ("running", before["pid"])
+    for box in boxes:
+        after = server.get(f"/container/{box['id']}")
+        assert (after["state"], after["pid"]) == ("running", box["pid"])
         assert reads(noise_in(after))
 
 
-def test_the_problem_is_shown_until_it_is_mended_and_it_can_be_deleted_meanwhile(
-    server: Server, ceph: Cluster, machine: Machine
-) -> None:
-    first, second = (started(server, ceph, name) for name in IMAGES[:2])
-    ceph.kill_mon()
-    try:
-        (pid,) = helpers(server).values()
-        kill(pid)
-        eventually(lambda: any("no monitor answers" in text for text in problems(server)), "the reason is shown")
+def test_the_problem_is_shown_until_it_is_mended_and_it_can_be_deleted_meanwhile(server: Server, store: Store) -> None:
+    first, second = (started(server, store, name) for name in IMAGES[:2])
+    with store.unreachable():
+        for pid in all_helpers(server):
+            kill(pid)
+        eventually(lambda: any(store.unreachable_words in text for text in problems(server)), "the reason is shown")
         assert not reads(noise_in(first))
+        assert all("it is being mended" in one["problem"] for one in server.leaks())
         server.delete(f"/container/{first['id']}?force=true")
         eventually(lambda: len(server.get("/attach")) == 1, "what only it needed is gone")
-    finally:
-        with machine.expecting():
-            ceph.restart_mon()
-    eventually(lambda: all_well(server), "the cluster is back, and the image mended")
+    eventually(lambda: all_well(server), "the store is back, and the image mended")
     assert reads(noise_in(second))
 
 
+@ONLY_CEPH
 def test_a_helper_that_was_killed_while_no_server_ran_is_replaced_at_the_next_start(
-    server: Server, ceph: Cluster
+    server: Server, store: Store
 ) -> None:
-    box = started(server, ceph, "one")
+    box = started(server, store, "one")
     server.kill()
-    (pid,) = helpers(server).values()
+    (pid,) = all_helpers(server)
     kill(pid)
     server.start()
     eventually(lambda: all_well(server), "it is mended")
@@ -135,26 +167,26 @@ def test_a_helper_that_was_killed_while_no_server_ran_is_replaced_at_the_next_st
     assert reads(noise_in(box))
 
 
-def test_a_helper_that_is_adopted_by_a_new_server_is_watched_too(server: Server, ceph: Cluster) -> None:
-    box = started(server, ceph, "one")
+@ONLY_CEPH
+def test_a_helper_that_is_adopted_by_a_new_server_is_watched_too(server: Server, store: Store) -> None:
+    box = started(server, store, "one")
     server.stop()
     server.start()
-    (pid,) = helpers(server).values()
+    (pid,) = all_helpers(server)
     kill(pid)
-    eventually(lambda: helpers(server) and pid not in helpers(server).values(), "there is a new helper")
+    eventually(lambda: all_helpers(server) - {pid}, "there is a new helper")
     eventually(lambda: all_well(server), "it is mended")
     assert reads(noise_in(box))
 
 
-def test_what_can_be_written_is_not_mended_and_can_be_deleted(server: Server, ceph: Cluster) -> None:
-    ceph.create_image("scratch", "16M")
-    device = server.post("/attach/rbd", rbd(ceph, "scratch", writable=True))
+def test_what_can_be_written_is_not_mended_and_can_be_deleted(server: Server, store: Store, empty: str) -> None:
+    device = attach(server, store, empty, writable=True)
     subprocess.run(["mkfs.ext4", "-q", device["device_file"]], check=True)
-    server.post("/mount/rbd", {"fs_type": "ext4", "rbd_id": device["id"]})
-    (pid,) = helpers(server).values()
+    kind = store.attachment(empty)["kind"]
+    server.post(f"/mount/{kind}", {"fs_type": "ext4", f"{kind}_id": device["id"]})
+    (pid,) = all_helpers(server)
     kill(pid)
-    eventually(lambda: problems(server), "it says so")
-    assert "delete it, and make it again" in server.get(f"/attach/{device['id']}")["problem"]
+    eventually(lambda: any("delete it, and make it again" in text for text in problems(server)), "it says so")
     server.delete("/mount/0")
     server.delete(f"/attach/{device['id']}")
     assert os.listdir(server.run_dir / "helpers") == []
@@ -163,12 +195,12 @@ def test_what_can_be_written_is_not_mended_and_can_be_deleted(server: Server, ce
 # ------------------------------------------------------------------------------------------- a helper that hangs
 
 
+@ONLY_CEPH
 def test_a_helper_that_hangs_disturbs_nobody_else_and_its_container_can_be_deleted(
-    server: Server, ceph: Cluster
+    server: Server, store: Store
 ) -> None:
-    box = started(server, ceph, "one")
-    (pid,) = helpers(server).values()
-    with stopped(pid), hanging_on(noise_in(box)):
+    box = started(server, store, "one")
+    with stopped(*all_helpers(server)), hanging_on(noise_in(box)):
         server.delete(f"/attach/{server.post('/attach/loopback', image())['id']}")
         assert server.get("/container")[0]["state"] == "running"
         server.delete(f"/container/{box['id']}?force=true")
@@ -176,67 +208,66 @@ def test_a_helper_that_hangs_disturbs_nobody_else_and_its_container_can_be_delet
     assert os.listdir(server.run_dir / "helpers") == []
 
 
-def test_a_container_that_reads_from_a_helper_that_hangs_can_be_stopped(server: Server, ceph: Cluster) -> None:
+def test_a_container_that_reads_from_a_helper_that_hangs_can_be_stopped(server: Server, store: Store) -> None:
     """It waits in the kernel, where no signal reaches it."""
-    mount = server.post("/mount", on_rbd(ceph, "one"))
-    overlay = {"kind": "overlay", "overlay": {"lower": [{"id": mount["id"]}]}}
+    mount = server.post("/mount", on(store, "one"))
+    overlay = over({"id": mount["id"]})
     reader = server.post("/container", {"mount": overlay, "command": f"/bin/cat /{NOISE}"})
     server.post("/container", {"mount": overlay, "command": "/bin/sleep 0", "state": "running"})
     server.await_state(1, "exited")  # busybox is in memory now
     server.delete("/container/1")
-    (pid,) = helpers(server).values()
-    with stopped(pid):
+    with stopped(*all_helpers(server)):
         running = server.get(f"/container/{reader['id']}/running")
         eventually(lambda: waits_for_squashfs(running["pid"]), "it waits for the image")
         server.get(f"/container/{reader['id']}/exited")
         server.await_state(reader["id"], "exited")
     eventually(lambda: mended(server), "the image is mended")
     server.delete(f"/container/{reader['id']}")
-    server.await_state(server.post("/container", box_on(ceph, "one", f"/bin/cat /{NOISE}"))["id"], "exited")
+    server.await_state(server.post("/container", box_on(store, "one", f"/bin/cat /{NOISE}"))["id"], "exited")
 
 
-def test_of_several_images_of_a_helper_that_hangs_the_others_work_when_it_goes_on(
-    server: Server, ceph: Cluster
-) -> None:
-    first, second = (started(server, ceph, name) for name in IMAGES[:2])
-    (pid,) = helpers(server).values()
+@ONLY_CEPH
+def test_of_several_images_of_a_helper_that_hangs_the_others_work_when_it_goes_on(server: Server, store: Store) -> None:
+    first, second = (started(server, store, name) for name in IMAGES[:2])
+    (pid,) = all_helpers(server)
     with stopped(pid):
         server.delete(f"/container/{first['id']}?force=true")
         [left] = [one for one in server.get("/attach") if one["refs"] == 0]
         assert f"process {pid} (qemu-storage-daemon)" in left["problem"]
-        third = started(server, ceph, "three")
+        third = started(server, store, "three")
         assert reads(noise_in(third))
     eventually(lambda: len(server.get("/attach")) == 2, "what was deleted is let go")
     assert all_well(server)
     assert reads(noise_in(second))
 
 
-def test_what_was_written_through_a_helper_that_hangs_is_not_given_up(server: Server, ceph: Cluster) -> None:
-    ceph.create_image("kept", "16M")
-    device = server.post("/attach/rbd", rbd(ceph, "kept", writable=True))
+@ONLY_CEPH
+def test_what_was_written_through_a_helper_that_hangs_is_not_given_up(server: Server, store: Store, empty: str) -> None:
+    device = attach(server, store, empty, writable=True)
     Path(device["device_file"]).write_bytes(b"kept" * 1024)
-    (pid,) = helpers(server).values()
+    (pid,) = all_helpers(server)
     with stopped(pid):
         problem = server.refused("DELETE", f"/attach/{device['id']}", 504)
         assert f"process {pid} (qemu-storage-daemon)" in problem["message"]
     eventually(lambda: server.get("/attach") == [], "it is detached when the helper answers")
-    assert ceph.read_image("kept").startswith(b"kept" * 1024)
+    assert store.content(empty).startswith(b"kept" * 1024)
 
 
-def test_a_start_on_a_helper_that_hangs_is_504_and_leaves_nothing(server: Server, ceph: Cluster) -> None:
-    mount = server.post("/mount", on_rbd(ceph, "one"))
-    (pid,) = helpers(server).values()
-    with stopped(pid):
-        body = {"mount": {"kind": "overlay", "overlay": {"lower": [{"id": mount["id"]}]}}, "command": FOREVER}
-        server.refused("POST", "/container", 504, {**body, "state": "running"})
+@ONLY_CEPH
+def test_a_start_on_a_helper_that_hangs_is_504_and_leaves_nothing(server: Server, store: Store) -> None:
+    mount = server.post("/mount", on(store, "one"))
+    with stopped(*all_helpers(server)):
+        body = {"mount": over({"id": mount["id"]}), "command": FOREVER, "state": "running"}
+        server.refused("POST", "/container", 504, body)
         eventually(lambda: server.get("/container") == [], "what came of it has ended")
     eventually(lambda: mended(server), "the image is mended")
-    started(server, ceph, "one")
+    started(server, store, "one")
 
 
-def test_a_server_starts_and_stops_beside_a_helper_that_hangs(server: Server, ceph: Cluster) -> None:
-    box = started(server, ceph, "one")
-    (pid,) = helpers(server).values()
+@ONLY_CEPH
+def test_a_server_starts_and_stops_beside_a_helper_that_hangs(server: Server, store: Store) -> None:
+    box = started(server, store, "one")
+    (pid,) = all_helpers(server)
     with stopped(pid), hanging_on(noise_in(box)):
         server.stop()
         server.start()
@@ -246,32 +277,45 @@ def test_a_server_starts_and_stops_beside_a_helper_that_hangs(server: Server, ce
     assert reads(noise_in(box))
 
 
-# ------------------------------------------------------------------------------------- a cluster that is silent
+# --------------------------------------------------------------------------------------- a store that is silent
 
 
-def test_reads_go_on_when_the_osd_is_back(server: Server, ceph: Cluster, machine: Machine) -> None:
-    box = started(server, ceph, "one")
+@ONLY_CEPH
+def test_reads_go_on_when_the_store_is_back(server: Server, store: Store) -> None:
+    box = started(server, store, "one")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ceph.kill_osd()
-        try:
+        with store.silent():
             reading = pool.submit(reads, noise_in(box))
             server.delete(f"/attach/{server.post('/attach/loopback', image())['id']}")
-        finally:
-            with machine.expecting():
-                ceph.restart_osd()
         assert reading.result(60)
     assert all_well(server)
 
 
-def test_a_container_that_reads_from_a_dead_cluster_can_be_deleted(
-    server: Server, ceph: Cluster, machine: Machine
+def test_a_container_that_reads_from_a_silent_store_can_be_deleted(server: Server, store: Store) -> None:
+    box = started(server, store, "one")
+    with store.silent(), hanging_on(noise_in(box)):
+        server.delete(f"/container/{box['id']}?force=true")
+        eventually(lambda: server.everything() == [], "all that the container needed is gone")
+
+
+@pytest.mark.parametrize("store", ["on_iscsi"], indirect=True)
+def test_what_was_written_to_a_silent_store_is_given_up_as_the_refusal_says(
+    run_dir: Path, store: Store, empty: str
 ) -> None:
-    box = started(server, ceph, "one")
-    ceph.kill_osd()
-    try:
-        with hanging_on(noise_in(box)):
-            server.delete(f"/container/{box['id']}?force=true")
-            eventually(lambda: server.everything() == [], "all that the container needed is gone")
-    finally:
-        with machine.expecting():
-            ceph.restart_osd()
+    """Its helper heeds no other signal."""
+    with running(run_dir, *BY_DAEMON, "--operation-timeout", "2s") as server:
+        device = attach(server, store, empty, writable=True)
+        subprocess.run(["mkfs.ext4", "-q", device["device_file"]], check=True)
+        mount = server.post("/mount/iscsi", {"fs_type": "ext4", "iscsi_id": device["id"]})
+        Path(mount["mountpoint"], NOISE).write_bytes(bytes(1 << 20))
+        (pid,) = all_helpers(server)
+        way_out = f"'kill -9 {pid}'"
+        with store.silent():
+            assert way_out in server.refused("DELETE", f"/mount/{mount['id']}", 504)["message"]
+            eventually(
+                lambda: any("not come back" in text and way_out in text for text in problems(server)), "it is told"
+            )
+            kill(pid)
+            eventually(lambda: server.get("/mount") == [], "the mount is gone")
+            server.delete(f"/attach/{device['id']}")
+        assert os.listdir(server.run_dir / "helpers") == []

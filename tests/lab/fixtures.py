@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lab import iscsi
 from lab.ceph import Cluster
 from lab.machine import Machine
+from lab.remote import OnCeph, OnTarget
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,23 @@ def ceph(machine: Machine) -> Iterator[Cluster]:
         cluster.start()
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def on_ceph(machine: Machine, ceph: Cluster) -> OnCeph:
+    """The cluster, as a store of images."""
+    return OnCeph(ceph, machine)
+
+
+@pytest.fixture(scope="session")
+def on_iscsi(machine: Machine) -> Iterator[OnTarget]:
+    """A running target, as a store of images."""
+    with machine.expecting():
+        target = iscsi.Server(str(machine.session.fast / "target"))
+        target.start()
+        store = OnTarget(target, machine)
+    yield store
+    target.stop()
 
 
 @pytest.fixture(scope="session")
