@@ -31,6 +31,7 @@ def differences(server: Server) -> list[str]:
         *_helpers(server.run_dir, records["attach"]),
         *_lives(server.run_dir, records["container"]),
         *_strays(server.run_dir, records["container"]),
+        *_dead(server),
         *_groups(server.run_dir, records["container"]),
     ]
 
@@ -144,6 +145,19 @@ def _strays(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
         namespace = _namespace(pid)
         if namespace not in (None, _namespace(os.getpid()), *known) and f"{run_dir}/" in _root(pid):
             yield f"process {pid} is no container's"
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process that has one thread, those that it has not reaped among them."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _dead(server: Server) -> Iterator[str]:
+    """Children of the supervisor that have ended, and that it does not reap."""
+    with contextlib.suppress(StopIteration, FileNotFoundError):  # there is no supervisor
+        yield from (
+            f"process {pid} has ended, and is not reaped" for pid in children(server.supervisor) if not alive(pid)
+        )
 
 
 def _groups(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:

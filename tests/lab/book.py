@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 
 from lab import audit
-from lab.faults import HELPERS, ITSELF, VARIABLE, Faults, Step
+from lab.deaths import HELPERS, ITSELF
+from lab.faults import VARIABLE, Faults, Step
+from lab.processes import find
 from lab.server import FOREVER, Server, alive, eventually, hooked, writable
 
 COUNTING = (
@@ -37,7 +39,7 @@ class FaultyServer(Server):
 
     def __init__(self, run_dir: Path, *options: str) -> None:
         super().__init__(run_dir, *options)
-        self.faults = Faults(run_dir / "faults")
+        self.faults = Faults(run_dir / "faults", lambda: audit.storage_daemons(run_dir))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -45,8 +47,9 @@ class FaultyServer(Server):
 
     @property
     def zygote(self) -> int:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "imageapi-zygote\n")
+        """Raises: StopIteration, when it does not live."""
+        found = filter(None, map(find, audit.children(self.pid)))
+        return next(one.pid for one in found if one.name == "imageapi-zygote")
 
     def victims(self, who: str) -> list[int]:
         """The processes that a fault kills: `itself` is the one whose step it is."""
@@ -57,7 +60,7 @@ class FaultyServer(Server):
             "zygote": lambda: [self.zygote],
             "both": lambda: [self.pid, self.supervisor],
             "all": lambda: [self.pid, self.supervisor, self.zygote, ITSELF],
-            "helper": lambda: [HELPERS, *sorted(audit.storage_daemons(self.run_dir))],
+            "helper": lambda: [HELPERS],
         }
         return [pid for one in who.split(" and ") for pid in found[one]()]
 

@@ -10,14 +10,17 @@ import contextlib
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from lab import audit
 from lab.book import COUNTING, MISSING, OBEDIENT, Book, FaultyServer, Interrupted
-from lab.faults import HELPERS, ITSELF, Step
-from lab.server import Server, alive, eventually
+from lab.faults import Step
+from lab.server import Server, eventually
 
 Story = Callable[[Book], Callable[[], object]]
 """Sets the scene, and returns what is told with a fault in it."""
@@ -174,6 +177,9 @@ class Lab:
         self.server = server
         self.book = Book(server, mount=mount)
         self.witness = self.book.create("witness", COUNTING)
+        self.deaths: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        """Faults that were met, by story and victim; and those that were not, by step."""
 
     def steps(self, story: Story) -> list[Step]:
         """The steps of a story."""
@@ -192,22 +198,27 @@ class Lab:
             came = self._break(story, step, who)
             self.server.revive()
             self.check()
+            if not self._is_waiting():
+                self.book.create("next")  # after a start there is a child in waiting again
             self.clear()
+        self.deaths[f"{story.__name__}: {who}"] += came
+        self.missed[str(step)] += not came
         return came
 
     def _break(self, story: Story, step: Step, who: str) -> bool:
         tell = story(self.book)
         self._settle()
-        first, *others = self.server.victims(who)
-        self.server.faults.arm(step, [first, *others])
+        self.server.faults.arm(step, self.server.victims(who))
         with contextlib.suppress(Interrupted):
             tell()
-        if came := self.server.faults.disarm():
-            reached = first not in (ITSELF, HELPERS) and not step.name.startswith("child ")  # which sees no other's pid
-            eventually(lambda: not (reached and alive(first)), "the victim is dead")
-        else:
-            self._settle()
-        return came
+        eventually(self._is_over, "the step has come, or all is at rest")
+        return self.server.faults.disarm()
+
+    def _is_over(self) -> bool:
+        """Whether the step has come, or will not come any more."""
+        with contextlib.suppress(httpx.TransportError):
+            return self.server.faults.came or self._is_at_rest()
+        return self.server.faults.came
 
     def steps_of_a_start(self) -> list[Step]:
         """The steps of a server that finds what another has left in the middle of its work."""
@@ -238,7 +249,16 @@ class Lab:
         os.kill(made["pid"], signal.SIGUSR1)
 
     def _settle(self) -> None:
-        eventually(lambda: not audit.differences(self.server), "all is at rest")
+        eventually(self._is_at_rest, "all is at rest")
+
+    def _is_at_rest(self) -> bool:
+        """Whether nothing is under way, and the child in waiting has made all that it makes ahead."""
+        return not audit.differences(self.server) and self._is_waiting()
+
+    def _is_waiting(self) -> bool:
+        with contextlib.suppress(StopIteration, FileNotFoundError):  # there is no supervisor, or not any more
+            return any(map(_waits, audit.children(self.server.supervisor)))
+        return False
 
     def check(self) -> None:
         self.book.check(self.server.get("/container"))
@@ -252,8 +272,22 @@ class Lab:
                 self.book.change("DELETE", name, "?force=true")
         self.check()
 
+    def report(self) -> str:
+        """How many deaths there were, and at which steps none."""
+        died = (f"{count} {what}" for what, count in sorted(self.deaths.items()))
+        missed = (f"{step} ({count})" for step, count in sorted(self.missed.items()) if count)
+        return "\n".join([f"{self.deaths.total()} deaths:", *died, "not met:", *missed])
+
     def check_log(self) -> None:
         check_counted(self.witness)
+
+
+def _waits(pid: int) -> bool:
+    """Whether a process waits to be told what to become, rather than for its death at a step (proc_pid_wchan(5))."""
+    with contextlib.suppress(OSError):
+        comm, waits_in = (Path(f"/proc/{pid}/{file}").read_text() for file in ("comm", "wchan"))
+        return comm == "imageapi-child\n" and "poll" in waits_in
+    return False
 
 
 def drop_mounts(server: FaultyServer) -> None:

@@ -3,43 +3,37 @@
 `python -m lab.faults` is `imageapi-server` with a hook after each call that changes something: of the kernel, of a
 file, of what another process knows. Zygote, workers, supervisor and the containers' first processes are forked from
 it, and have the hooks too. A step is named by who does what for whom (`worker mkdir overlay.acquire`), and by how
-often that has happened before; a page of memory that all of them share says at which step whom to kill. Nothing of it
-is in the product.
+often that has happened before; a page of memory that all of them share says which step is awaited. Who comes to it
+asks the test to kill (lab.deaths), and waits for that. Nothing of it is in the product.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import mmap
 import os
-import select
 import signal
 import socket
 import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from lab import deaths
+
 VARIABLE = "IMAGEAPI_TEST_FAULTS"
 """Where the shared page is."""
-ITSELF, HELPERS = 0, -2
-"""Among the victims: the process whose step it is; and all storage daemons that there are when it comes."""
-_HEAD = struct.Struct("=BBi8i96s")
-"""Whether steps are written down (1) or one is awaited (2); whether it has come; how often it must come; victims; and
-its name."""
+_HEAD = struct.Struct("=Bi96s")
+"""Whether steps are written down (1) or one is awaited (2); how often it must come; and its name."""
 _RECORDING, _ARMED = 1, 2
-_NOBODY = -1
 _PAGES, _PAGE = 64, 1 << 16
 """What is written down: a page for each process, found by its number, so that none waits for another."""
 _SIZE = _PAGE * (_PAGES + 1)
-_DEATH = 2000
-"""Milliseconds that a victim may take to end."""
 
 
 class Step(NamedTuple):
@@ -53,12 +47,13 @@ class Step(NamedTuple):
 
 
 class Faults:
-    """The test's side of the shared page."""
+    """The test's side of the shared page. `helpers` finds the storage daemons that there are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, helpers: Callable[[], Collection[int]]) -> None:
         self.path = path
         path.write_bytes(bytes(_SIZE))
         self._memory = _map(path)
+        self._deaths = deaths.Deaths(path, helpers)
 
     def record(self) -> None:
         """Have every step written down from now on."""
@@ -79,22 +74,26 @@ class Faults:
         return steps
 
     def arm(self, step: Step, victims: Sequence[int]) -> None:
-        """Kill the victims, ITSELF last, when this step has been done."""
-        pids = [*victims, *[_NOBODY] * 8][:8]
-        self._memory[: _HEAD.size] = _HEAD.pack(_ARMED, 0, step.time, *pids, step.name.encode())
+        """Kill the victims when this step has been done."""
+        self._deaths.order(victims)
+        self._memory[: _HEAD.size] = _HEAD.pack(_ARMED, step.time, step.name.encode())
 
     def close(self) -> None:
+        self._deaths.close()
         self._memory.close()
 
     @property
     def came(self) -> bool:
         """Whether the step has come that was waited for."""
-        return bool(self._memory[1])
+        return self._deaths.came
 
     def disarm(self) -> bool:
-        """Kill nobody any more; whether the step has come."""
+        """Kill nobody any more; whether the step has come.
+
+        Raises: AssertionError, when it has, and a victim was not there to be killed, or does not die.
+        """
         self._memory[0] = 0
-        return self.came
+        return self._deaths.end()
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -131,44 +130,14 @@ class _Hook:
         self._memory[at : at + 4] = (used + len(line)).to_bytes(4, "little")
 
     def _look(self, name: bytes) -> None:
-        state, _, times, *victims, awaited = _HEAD.unpack(self._memory[: _HEAD.size])
+        state, times, awaited = _HEAD.unpack(self._memory[: _HEAD.size])
         if state != _ARMED or awaited.rstrip(b"\0") != name:
             return
         if times > 1:
-            self._memory[2:6] = (times - 1).to_bytes(4, sys.byteorder)
+            self._memory[1:5] = (times - 1).to_bytes(4, sys.byteorder)
             return
-        self._memory[0:2] = bytes([0, 1])
-        _kill({victim for victim in victims if victim != _NOBODY})
-
-
-def _kill(victims: set[int]) -> None:
-    helpers = _helpers() if HELPERS in victims else set()
-    for pid in sorted((victims | helpers) - {ITSELF, HELPERS, os.getpid()}):
-        with contextlib.suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(pid)
-            os.kill(pid, signal.SIGKILL)
-            ended = select.poll()
-            ended.register(descriptor, select.POLLIN)
-            ended.poll(_DEATH)
-            os.close(descriptor)
-    if ITSELF in victims or os.getpid() in victims:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _helpers() -> set[int]:
-    """The storage daemons of the server, as who is in the host's mount namespace sees them."""
-    found = set()
-    for file in Path(os.environ[VARIABLE]).parent.glob("helpers/*/pid"):
-        with contextlib.suppress(OSError, ValueError):
-            found.add(int(file.read_text()))
-    return {pid for pid in found if is_helper(pid)}
-
-
-def is_helper(pid: int) -> bool:
-    """Whether it is, by now, a storage daemon."""
-    with contextlib.suppress(OSError):
-        return b"qemu-storage-daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+        self._memory[0] = 0
+        deaths.ask(Path(os.environ[VARIABLE]))
 
 
 def _doer(frame: FrameType | None) -> str:
