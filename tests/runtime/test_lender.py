@@ -46,9 +46,12 @@ def test_it_ends_with_a_child_that_is_killed(supervised: Supervised) -> None:
     child, lent_by = pair_in_waiting(supervised)
     began = pidfd.start_time(lent_by)
     assert began is not None
+    os.kill(supervised.pid, signal.SIGSTOP)  # which reaps it
     os.kill(child, signal.SIGKILL)
     eventually(lambda: pidfd.start_time(lent_by) is None, "it has ended")
     assert pidfd.zombie_status(lent_by, began) == signal.SIGQUIT
+    os.kill(supervised.pid, signal.SIGCONT)
+    eventually(lambda: not (pidfd.look(lent_by) or pidfd.look(child)), "both are reaped, though there is no start")
     assert supervised.end_of(supervised.start("/bin/true")).exit_code == 0
 
 

@@ -16,6 +16,7 @@ CLONE_PIDFD = 0x00001000
 CLONE_VFORK = 0x00004000
 CLONE_PARENT = 0x00008000
 CLONE_NEWNS = 0x00020000
+CLONE_PARENT_SETTID = 0x00100000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
@@ -40,9 +41,10 @@ _pylibc = ctypes.PyDLL(None, use_errno=True)
 _pylibc.syscall.restype = ctypes.c_long
 
 
-def clone(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
+def clone(flags: int, cgroup_fd: int | None = None, note_at: int | None = None) -> tuple[int, int]:
     """clone3(2) like fork(2), in new namespaces, born in the cgroup2 group `cgroup_fd`: (pid, pidfd), in the child
-    (0, -1). With CLONE_PARENT the child ends for its new parent as the caller does for its own.
+    (0, -1). With CLONE_PARENT the child ends for its new parent as the caller does for its own. The kernel writes the
+    pid as a C int to the address `note_at`, too, before the child runs.
 
     No atfork handler runs. The child may call os.* and the functions of this package until it executes or ends.
     """
@@ -52,6 +54,9 @@ def clone(flags: int, cgroup_fd: int | None = None) -> tuple[int, int]:
     if cgroup_fd is not None:
         arguments.flags |= CLONE_INTO_CGROUP
         arguments.cgroup = cgroup_fd
+    if note_at is not None:
+        arguments.flags |= CLONE_PARENT_SETTID
+        arguments.parent_tid = note_at
     size = ctypes.c_size_t(ctypes.sizeof(arguments))
     pid = check(_pylibc.syscall(ctypes.c_long(SYS_clone3), ctypes.byref(arguments), size))
     return (pid, pidfd.value) if pid else (0, -1)

@@ -48,11 +48,16 @@ def send_signal(pidfd: int, number: int) -> None:
     signal.pidfd_send_signal(pidfd, number)
 
 
+PF_FORKNOEXEC = 0x40
+"""<linux/sched.h>: the process has not executed a program since it was cloned."""
+
+
 class Stat(NamedTuple):
-    """A process as /proc shows it: its state, one letter; when it began, in clock ticks since the boot; and its wait
-    status, if it has ended."""
+    """A process as /proc shows it: its state, one letter; the kernel's flags for it; when it began, in clock ticks
+    since the boot; and its wait status, if it has ended."""
 
     state: str
+    flags: int
     began: int
     status: int
 
@@ -70,7 +75,18 @@ def look(pid: int) -> Stat | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = line[line.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    return Stat(fields[0].decode(), int(fields[19]), int(fields[49]))
+    return Stat(fields[0].decode(), int(fields[6]), int(fields[19]), int(fields[49]))
+
+
+def has_executed(pid: int) -> bool:
+    """Whether a child that has executed a program or ended, and was not reaped, did execute one. One that lives has a
+    program that the kernel can name, which is the quicker question; one that has ended is known by its flags."""
+    try:
+        os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        found = look(pid)
+        return found is not None and not found.flags & PF_FORKNOEXEC
+    return True
 
 
 def start_time(pid: int) -> int | None:

@@ -106,6 +106,7 @@ class Container:
         try:
             spare.order(orders, place)
         except OSError:
+            self._around.loop.unwatch(spare.pidfd)
             self._around.nursery.dismiss(spare)
             return None
         return spare
@@ -207,7 +208,7 @@ class Container:
             return
         if said:
             self._problem = errors.from_dict(msgspec.json.decode(said))
-        elif said is None or self._ended_before_gate:
+        elif said is None or self._ended_before_gate or not pidfd.has_executed(self.life.pid):
             self._problem = errors.Problem("the first process was killed before it could execute the command")
         else:
             life = self.life
@@ -217,7 +218,8 @@ class Container:
 
     @staticmethod
     def _listen_to(tie: socket.socket) -> bytes | None:
-        """What the child says; b"" when it has passed the gate and closed its end, None when it ended before it.
+        """What the child says; b"" when it has passed the gate and closed its end, as an exec and its end do, None when
+        it ended before it.
 
         A child that ends with our word unread leaves ECONNRESET, which is told before the word that it left for us.
         """

@@ -13,20 +13,20 @@ too. Whoever ends it earlier does no harm: the child has the memory alone then.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import signal
 import socket
-import struct
 
 from imageapi.linux import namespaces, pidfd, process
 
 LENT = namespaces.CLONE_VM | namespaces.CLONE_VFORK | namespaces.CLONE_PARENT
 NAME = "imageapi-memory"
 _BORN = b"\n"
-_CREDENTIALS = struct.Struct("3i")
-"""struct ucred of unix(7): the sender's pid, as the receiver's namespace numbers it, and more."""
-_DESCRIPTOR = struct.Struct("i")
+PATIENCE = 10.0
+"""Seconds for a child to say that it is there."""
 
 
 def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.socket]:
@@ -36,25 +36,28 @@ def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.sock
     Raises: OSError.
     """
     supervisor = os.getpid()
+    note = mmap.mmap(-1, mmap.PAGESIZE)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    with ours, theirs:
+    ours.settimeout(PATIENCE)
+    with note, ours, theirs:
         lender_pid, lender = namespaces.clone(0)
         if lender_pid == 0:
-            return 0, -1, -1, _lend(flags, cgroup_fd, supervisor, theirs)
+            return 0, -1, -1, _lend(flags, cgroup_fd, supervisor, theirs, note)
         with contextlib.ExitStack() as undo:
+            undo.callback(_end_unknown, note)
             undo.callback(end, lender)
             theirs.close()
-            pid, tie = _introduced(ours)
+            tie = _introduced(ours)
             with contextlib.suppress(ProcessLookupError):
                 pidfd.send_signal(lender, signal.SIGQUIT)
+            pid = _noted(note)
             descriptor = pidfd.pidfd_open(pid)
             undo.pop_all()
     return pid, descriptor, lender, tie
 
 
-def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.socket) -> socket.socket:
-    """The lender's whole life. It is the child that returns."""
+def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.socket, note: mmap.mmap) -> socket.socket:
+    """The lender's whole life. It is the child that returns: whatever happens, neither goes on as the supervisor."""
     try:
         process.die_with_parent(signal.SIGKILL)
         if os.getppid() != supervisor:
@@ -62,31 +65,45 @@ def _lend(flags: int, cgroup_fd: int | None, supervisor: int, theirs: socket.soc
         process.name(NAME)
         process.forbid_dumps()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-        namespaces.clone(flags | LENT, cgroup_fd)
+        namespaces.clone(flags | LENT, cgroup_fd, ctypes.addressof(ctypes.c_int.from_buffer(note)))
         tie, own_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with tie:
             socket.send_fds(theirs, [_BORN], [tie.fileno()])
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            theirs.send(b"%d" % (error.errno or errno.EIO))
+            theirs.send(b"%d" % _number(error))
         os._exit(1)
     return own_end
 
 
-def _introduced(ours: socket.socket) -> tuple[int, socket.socket]:
-    """The pid of the child that says it is there, for which the kernel vouches, and its tie.
+def _number(error: BaseException) -> int:
+    """The errno that says what has happened."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    return (isinstance(error, OSError) and error.errno) or errno.EIO
+
+
+def _introduced(ours: socket.socket) -> socket.socket:
+    """The tie of the child that says it is there.
 
     Raises: OSError, when there is none, with the reason.
     """
-    room = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_DESCRIPTOR.size)
-    said, ancillary, _, _ = ours.recvmsg(16, room, socket.MSG_CMSG_CLOEXEC)
+    said, descriptors, _, _ = socket.recv_fds(ours, 16, 1, socket.MSG_CMSG_CLOEXEC)
     if said != _BORN:
         number = int(said or errno.ECHILD)
         raise OSError(number, os.strerror(number))
-    came = {kind: data for _, kind, data in ancillary}
-    (descriptor,) = _DESCRIPTOR.unpack(came[socket.SCM_RIGHTS])
-    pid: int = _CREDENTIALS.unpack(came[socket.SCM_CREDENTIALS])[0]
-    return pid, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptors[0])
+
+
+def _noted(note: mmap.mmap) -> int:
+    return ctypes.c_int.from_buffer_copy(note).value
+
+
+def _end_unknown(note: mmap.mmap) -> None:
+    """End and reap a child that has been cloned, and has not said so."""
+    if pid := _noted(note):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def end(lender: int) -> None:

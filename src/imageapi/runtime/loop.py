@@ -42,8 +42,10 @@ class Loop:
         self._stopped = False
 
     def watch(self, descriptor: int, handler: Handler) -> None:
-        """Call `handler` whenever there is something to read, or the other end is gone."""
-        self._epoll.register(descriptor, select.EPOLLIN)
+        """Call `handler` whenever there is something to read, or the other end is gone; no other that was called for
+        that."""
+        if descriptor not in self._handlers:
+            self._epoll.register(descriptor, select.EPOLLIN)
         self._handlers[descriptor] = handler
 
     def unwatch(self, descriptor: int) -> None:

@@ -261,10 +261,11 @@ class Supervisor:
             self._end()
 
     def _bear_spare(self) -> None:
-        """Have a child in waiting for the next start; without one that takes longer."""
+        """Have a child in waiting for the next start; without one that takes longer. One that ends is cleared away."""
         if self._spare is None:
             with contextlib.suppress(OSError):
                 self._spare = self._around.nursery.bear()
+                self._loop.watch(self._spare.pidfd, self._dismiss_spare)
                 self._rehearse(self._spare)
 
     def _at_rest(self) -> None:
@@ -277,6 +278,7 @@ class Supervisor:
     def _dismiss_spare(self) -> None:
         spare, self._spare = self._spare, None
         if spare is not None:
+            self._loop.unwatch(spare.pidfd)
             self._around.nursery.dismiss(spare)
 
     def _rehearse(self, spare: Child) -> None:
