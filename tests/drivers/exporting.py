@@ -68,8 +68,8 @@ def assert_nothing_left(site: Site, when: str) -> None:
 
 
 def loops(site: Site) -> list[str]:
-    """The files of the site that loop devices stand on."""
-    return [file for _, file in backing_files() if file.startswith(f"{site.run_dir}/")]
+    """The loop devices that stand on files of the site."""
+    return [device for device, file in backing_files() if file.startswith(f"{site.run_dir}/")]
 
 
 def can_be_asked(device: str) -> bool:

@@ -26,7 +26,7 @@ bytes, and a checksum of its first `HEAD` bytes, where file systems have what te
 HEAD = 4096
 
 CHANGING = "?"
-"""The sequence number of a device whose file is being changed, which gives it another one: whoever dies over that has
+"""The sequence number of a device that is being put on its file, which gives it another one: whoever dies over that has
 not noted it, and the daemon may have ended by then as well."""
 
 
@@ -41,9 +41,16 @@ def attach(site: Site, key: Key, *, read_only: bool, partitions: bool = False) -
     """
     file = os.open(export_path(site, key), (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        mark = site.mark(key)
-        device, _ = loop.attach(file, mark, read_only=read_only, direct_io=read_only, partitions=partitions)
-        _note(site, key, device, *_likeness(file))
+        likeness = _likeness(file)
+        device, _ = loop.attach(
+            file,
+            site.mark(key),
+            read_only=read_only,
+            direct_io=read_only,
+            partitions=partitions,
+            before=lambda device: _note(site, key, device, *likeness, sequence=CHANGING),
+        )
+        _note(site, key, device, *likeness)
     finally:
         os.close(file)
     return device

@@ -92,9 +92,11 @@ def attach(
     direct_io: bool = True,
     partitions: bool = False,
     autoclear: bool = False,
+    before: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, Status]:
     """Attach the open file `fd` to a free loop device, in one step that nobody sees half done: its path, and what it
-    is now. Where the file or its file system cannot do direct I/O it is buffered.
+    is now. Where the file or its file system cannot do direct I/O it is buffered. `before` is told which device is to
+    be tried, each time.
 
     Raises: OSError; EBUSY when other programs took every device we were offered.
     """
@@ -102,7 +104,7 @@ def attach(
     flags |= LO_FLAGS_DIRECT_IO * direct_io
     info = _INFO.pack(*(0,) * 8, flags, _name(name), b"", b"", 0, 0)
     config = _CONFIG.pack(fd, block_size, info, *(0,) * 8)
-    return _configure_free(fd, config, os.O_RDONLY if read_only else os.O_RDWR)
+    return _configure_free(fd, config, os.O_RDONLY if read_only else os.O_RDWR, before)
 
 
 def _name(name: str) -> bytes:
@@ -112,11 +114,12 @@ def _name(name: str) -> bytes:
     return encoded
 
 
-def _configure_free(file: int, config: bytes, mode: int) -> tuple[str, Status]:
+def _configure_free(file: int, config: bytes, mode: int, before: Callable[[str], None]) -> tuple[str, Status]:
     """LOOP_CONFIGURE the device that LOOP_CTL_GET_FREE offers. Others are offered the same one, so whoever comes
     second (EBUSY) asks again. One that somebody keeps open exclusively is offered for ever, so it is passed over."""
     for attempt in range(_ATTEMPTS):
         device = _free_device(passed_over=max(0, attempt - _ATTEMPTS // 2))
+        before(device)
         try:
             with _opened(device, mode) as fd:
                 return device, _configure(fd, file, config)

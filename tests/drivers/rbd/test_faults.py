@@ -29,7 +29,7 @@ from imageapi.config import Site
 from imageapi.drivers import daemon_process, export_loop, storage_daemon
 from imageapi.drivers.ceph import daemon
 from imageapi.drivers.qmp import Deadline, conversation, descriptor
-from imageapi.linux import mount
+from imageapi.linux import loop, mount
 from imageapi.records import AnyRecord
 from imageapi.spec import Secret
 from lab.ceph import Cluster, wait_until
@@ -88,9 +88,42 @@ def test_a_daemon_that_ends_before_the_device_is_noted_again_is_replaced_as_well
         assert Path(device).read_bytes() == ceph.read_image(image)
 
 
-def end_daemon(what: AnyRecord, site: Site) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_device_that_was_not_noted_goes_though_its_daemon_has_ended(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """One that is told to end takes its mount along: then the kernel does not tell on what the device stands."""
+    what = record(definition(ceph, image))
+    with monkeypatch.context() as patched:
+        _die_before_the_note(patched)
+        _attach_in_another_process(what, site)
+    (device,) = loops(site)
+    end_daemon(what, site, number)
+    DRIVER.release(what, site)
+    assert not loop.backing_path(device)
+    assert_nothing_left(site, "after both deaths")
+
+
+def _die_before_the_note(patched: pytest.MonkeyPatch) -> None:
+    def dying(*of: Any, sequence: str = "") -> None:
+        note(*of, sequence=sequence) if sequence else os._exit(0)
+
+    note = export_loop._note
+    patched.setattr(export_loop, "_note", dying)
+
+
+def _attach_in_another_process(what: AnyRecord, site: Site) -> None:
+    if (pid := os.fork()) == 0:
+        try:
+            DRIVER.acquire(what, [], site)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def end_daemon(what: AnyRecord, site: Site, number: int = signal.SIGKILL) -> None:
     (pid,) = daemons(site).values()
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     wait_until(lambda: not storage_daemon.standing(site, what.key), "the daemon's end is seen")
 
 
