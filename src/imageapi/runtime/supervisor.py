@@ -17,22 +17,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.linux import cgroup, memory, process, scope
-from imageapi.runtime import claim, entries, lender, output, protocol
-from imageapi.runtime.child import Child, Nursery
+from imageapi.linux import memory, process, scope
+from imageapi.runtime import claim, entries, lender, output, protocol, surroundings
+from imageapi.runtime.child import Child
 from imageapi.runtime.container import Container
 from imageapi.runtime.entries import Entry
-from imageapi.runtime.groups import Groups, name_of, open_places
-from imageapi.runtime.init import Inheritance
-from imageapi.runtime.keep import Keep
-from imageapi.runtime.loop import Loop
+from imageapi.runtime.groups import name_of
 from imageapi.runtime.protocol import (
     Answer,
     Call,
@@ -78,7 +74,7 @@ def run(site: Site) -> NoReturn:
         os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
         _open_standard_files(site)
         directory = os.open(site.supervisor_dir, _DIRECTORY)
-        if not claim.recall(directory, _mark(site)) and (lock := claim.lock(directory)) is not None:
+        if not claim.recall(directory, surroundings.mark(site)) and (lock := claim.lock(directory)) is not None:
             _leave_service(site)
             _work(site, lock, claim.listen(directory))
         status = 0
@@ -101,11 +97,6 @@ def succeed(site: Site, lock: int, listener: int) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def _mark(site: Site) -> str:
-    """The source of the keep's mount."""
-    return f"{site.mark_prefix}supervisor"
 
 
 def _open_standard_files(site: Site) -> None:
@@ -138,54 +129,12 @@ def _work(site: Site, lock: int, listener: socket.socket) -> None:
     for descriptor in (lock, listener.fileno()):
         os.set_inheritable(descriptor, False)
     listener.setblocking(False)
-    supervisor = Supervisor(_surroundings(site), lock, listener)
+    supervisor = Supervisor(surroundings.open_all(site), lock, listener)
     supervisor.adopt()
     listener.listen(BACKLOG)
     gc.collect()
     gc.freeze()
     supervisor.serve()
-
-
-def _surroundings(site: Site) -> Surroundings:
-    """What can be had only in the host's mount namespace is opened; making the keep, at last, leaves that."""
-    place = cgroup.freezer()
-    freezer = None if place is None else os.open(place, _DIRECTORY)
-    places = open_places()
-    given = Inheritance(
-        directory=os.open(site.supervisor_dir, _DIRECTORY),
-        logs=os.open(site.logs_dir, _DIRECTORY),
-        groups=[one.directory for one in places if not one.hierarchy.is_v2],
-        code=memory.code(),
-        adjust_oom=_read("/proc/self/oom_score_adj") != "0",
-    )
-    boot_id = _read("/proc/sys/kernel/random/boot_id")
-    keep = Keep(f"{site.supervisor_dir}/keep", _mark(site))
-    return Surroundings(
-        directory=given.directory,
-        logs=output.Place(given.logs, site.log_limit, partial(_reopen, keep, site.logs_dir)),
-        keep=keep,
-        nursery=Nursery(given, keep, []),
-        loop=(loop := Loop()),
-        boot_id=boot_id,
-        instance=site.instance,
-        mark_prefix=site.mark_prefix,
-        groups=Groups(places, keep, loop),
-        freezer=freezer,
-    )
-
-
-def _reopen(keep: Keep, path: str, descriptor: int) -> None:
-    """Have `descriptor` be of the directory that is at `path` now; it is made where there is none. Raises: OSError."""
-    with keep.outside():
-        os.makedirs(path, exist_ok=True)
-        found = os.open(path, _DIRECTORY)
-    os.dup2(found, descriptor, inheritable=False)
-    os.close(found)
-
-
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read().strip()
 
 
 class Client:
