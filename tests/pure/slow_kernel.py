@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class SlowKernel(Pool):
         self.failures: dict[Step, Exception] = {}
         self.standing: set[Key] = set()
         self.released: list[Key] = []
+        self.mended: list[Facts] = []
+        """What comes of each mending, in their order."""
         self._chains: list[Chain] = []
         self._gates: dict[Step, asyncio.Event] = {}
         self._begun: Counter[Step] = Counter()
@@ -74,7 +77,9 @@ class SlowKernel(Pool):
         else:
             job.result.set_result(self._perform(*_step(job)))
 
-    def _perform(self, verb: str, key: Key) -> Facts | None:
+    def _perform(self, verb: str, key: Key) -> Any:
+        if verb == "mend":
+            return self.mended.pop(0), None
         if verb == "acquire":
             self.standing.add(key)
         elif verb == "release":
@@ -131,3 +136,22 @@ def engine_on(kernel: SlowKernel, directory: Path, timeout: float = 5.0) -> Engi
 def everything(engine: Engine) -> list[Key]:
     """The objects that are shown."""
     return [picture.record.key for collection in ("attach", "mount") for picture in engine.pictures(collection)]
+
+
+Scenario = Callable[[Engine, SlowKernel], Coroutine[Any, Any, None]]
+
+
+def act(scenario: Scenario, directory: Path, timeout: float = 5.0) -> None:
+    """Play a scenario on an engine of its own; it may take ten seconds."""
+
+    async def play() -> None:
+        kernel = SlowKernel()
+        await asyncio.wait_for(scenario(engine_on(kernel, directory, timeout), kernel), 10)
+
+    asyncio.run(play())
+
+
+async def gone(engine: Engine, kernel: SlowKernel) -> None:
+    """Wait until nothing is left of anything."""
+    while kernel.standing or everything(engine) or engine._graph.all():
+        await asyncio.sleep(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from imageapi.runtime.protocol import Ended
 from imageapi.spec import Mount
 from imageapi.store import Store
 from pure.nests import container, loopback, on, overlay
-from pure.slow_kernel import SlowKernel, Supervisor, engine_on, everything
+from pure.slow_kernel import SlowKernel, Supervisor, act, everything, gone
 
 pytestmark = pytest.mark.pure
 
@@ -29,27 +29,9 @@ MOUNT = Key("mount", 0)
 ROOT = Key("mount", 1)
 BOX = Key("container", 0)
 
-Scenario = Callable[[Engine, SlowKernel], Coroutine[Any, Any, None]]
-
-
-def act(scenario: Scenario, directory: Path, timeout: float = 5.0) -> None:
-    """Play a scenario on an engine of its own; it may take ten seconds."""
-
-    async def play() -> None:
-        kernel = SlowKernel()
-        await asyncio.wait_for(scenario(engine_on(kernel, directory, timeout), kernel), 10)
-
-    asyncio.run(play())
-
 
 def nest(name: str = "/image") -> Any:
     return overlay(on(loopback(name)))
-
-
-async def gone(engine: Engine, kernel: SlowKernel) -> None:
-    """Wait until nothing is left of anything."""
-    while kernel.standing or everything(engine) or engine._graph.all():
-        await asyncio.sleep(0)
 
 
 def test_what_a_cancelled_create_had_made_for_another_is_shown(tmp_path: Path) -> None:
@@ -320,22 +302,6 @@ def test_a_delete_does_not_wait_for_ever_for_what_was_asked_before(tmp_path: Pat
         with pytest.raises(TimedOut):
             await engine.delete(MOUNT, force=False)
         kernel.let_go("observe", MOUNT)
-        await gone(engine, kernel)
-
-    act(scenario, tmp_path, timeout=0.05)
-
-
-def test_what_waits_for_something_else_is_not_said_to_be_in_the_making(tmp_path: Path) -> None:
-    """An image that is just being mended goes when that has come back."""
-
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        await engine.create(on(loopback("/image")))
-        kernel.hold("mend", IMAGE)
-        with pytest.raises(TimedOut):
-            await engine._jobs.drive("mend", engine._graph.get(IMAGE))
-        await engine.delete(MOUNT, force=False)
-        assert "not come back from what was asked of it before" in (engine.picture(IMAGE).record.problem or "")
-        kernel.let_go("mend", IMAGE)
         await gone(engine, kernel)
 
     act(scenario, tmp_path, timeout=0.05)

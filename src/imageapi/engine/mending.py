@@ -47,6 +47,7 @@ class Mender:
         self._lost: dict[str, deque[AnyRecord]] = {}
         self._menders: dict[str, asyncio.Task[None]] = {}
         self._told: dict[Key, str] = {}
+        self._hopeless: set[tuple[Key, Helper | None]] = set()
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -55,11 +56,11 @@ class Mender:
 
     # ------------------------------------------------------------------------------------------- what is noticed
 
-    def watch(self, record: AnyRecord) -> None:
-        """Notice when the object's helper ends, if it has one."""
+    def watch(self, record: AnyRecord) -> bool:
+        """Notice when the object's helper ends, if it has one; False when it has ended already."""
         helper = record.facts.helper
         if helper is None or record.phase is not Phase.LIVE:
-            return
+            return True
         if helper in self._watched:
             self._watched[helper][1].add(record.key)
         elif (descriptor := _opened(helper)) is not None:
@@ -67,6 +68,8 @@ class Mender:
             asyncio.get_running_loop().add_reader(descriptor, self._ended, helper)
         else:
             self.lose(record)
+            return False
+        return True
 
     def _ended(self, helper: Helper) -> None:
         """Those whose helper it still is have lost it; a helper also ends when it is not needed any more."""
@@ -125,7 +128,7 @@ class Mender:
         if not _lives(helper):
             self.lose(record)
             return True
-        return record.key in self._told or any(record is one for lost in self._lost.values() for one in lost)
+        return record.key in self._told or self._waits(record)
 
     async def mended(self, stores: Collection[str]) -> None:
         """Wait until all that was lost of stores is mended, at most for `PATIENCE`."""
@@ -159,8 +162,8 @@ class Mender:
 
     def lose(self, record: AnyRecord, problem: str = ENDED) -> None:
         """The object does not work any more: it says so, and is mended. One that is just being made is its create's to
-        undo, or to have watched when it is shown."""
-        if record.phase is not Phase.LIVE or not self._graph.is_shown(record.key):
+        undo, or to have watched when it is shown; of one that is known to be lost more has been said by now."""
+        if record.phase is not Phase.LIVE or not self._graph.is_shown(record.key) or self._is_known(record):
             return
         log.warning("%s: %s", describe(record), problem)
         self._tell(record, problem)
@@ -168,8 +171,14 @@ class Mender:
         if store not in self._lost:
             self._lost[store] = deque()
             self._menders[store] = self._tasks.linger(self._mend_all(store))
-        if not any(one is record for one in self._lost[store]):
-            self._lost[store].append(record)
+        self._lost[store].append(record)
+
+    def _is_known(self, record: AnyRecord) -> bool:
+        """Whether the object waits to be mended, or has been found never to be."""
+        return self._waits(record) or (record.key, record.facts.helper) in self._hopeless
+
+    def _waits(self, record: AnyRecord) -> bool:
+        return any(record is one for lost in self._lost.values() for one in lost)
 
     async def _mend_all(self, store: str) -> None:
         """Mend what is lost of one store, in turn, until nothing is. What fails waits until the others had theirs."""
@@ -197,24 +206,27 @@ class Mender:
         except Problem as problem:
             log.warning("%s is not mended: %s", describe(record), problem.message)
             self._tell(record, problem.message)
-            return isinstance(problem, Conflict)
-        if self._is_kept(record):
-            self._mended(record, facts, complaint)
-        return True
+            if never := isinstance(problem, Conflict):
+                self._hopeless.add((record.key, record.facts.helper))
+            return never
+        return not self._is_kept(record) or self._mended(record, facts, complaint)
 
     def _is_kept(self, record: AnyRecord) -> bool:
         return self._graph.find(record.key) is record and record.phase is Phase.LIVE
 
-    def _mended(self, record: AnyRecord, facts: Facts, complaint: str | None) -> None:
-        log.warning("%s is mended%s", describe(record), f", but {complaint}" if complaint else "")
+    def _mended(self, record: AnyRecord, facts: Facts, complaint: str | None) -> bool:
+        """Whether that holds: the new helper may have ended, too."""
         self._ledger.note(record, facts=facts)
-        self.watch(record)
+        if not self.watch(record):
+            return False
+        log.warning("%s is mended%s", describe(record), f", but {complaint}" if complaint else "")
         if complaint is not None:
             self._tell(record, complaint)
-            return
+            return True
         for one in (record, *self._graph.holders(record.key)):
             if (told := self._told.pop(one.key, None)) is not None and one.problem == told:
                 self._ledger.note(one, problem=None)
+        return True
 
     def _tell(self, record: AnyRecord, problem: str) -> None:
         """Say what is wrong with an object, and with those right on it that have no other problem. One that is just

@@ -1,0 +1,82 @@
+"""What is lost with its storage helper, and mended: what is said of it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from imageapi.engine.engine import Engine
+from imageapi.errors import Conflict, Problem, TimedOut
+from imageapi.linux import pidfd
+from imageapi.records import AnyRecord, Facts, Helper, Key
+from pure.nests import loopback, on
+from pure.slow_kernel import SlowKernel, act, gone
+
+pytestmark = pytest.mark.pure
+
+IMAGE = Key("attach", 0)
+MOUNT = Key("mount", 0)
+GONE, HERE = Helper(pid=1, start_time=-1), Helper(os.getpid(), pidfd.start_time(os.getpid()) or 0)
+"""A storage helper that has ended, and one that lives."""
+
+
+async def lost(engine: Engine) -> AnyRecord:
+    """An image whose storage helper has ended."""
+    await engine.create(on(loopback("/image")))
+    record = engine._graph.get(IMAGE)
+    record.facts = Facts(device_file="/dev/loop0", helper=GONE)
+    assert engine._mender.is_lost(record)
+    return record
+
+
+async def says(record: AnyRecord, text: str | None) -> None:
+    """Wait until the object has this problem."""
+    while record.problem != text:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("reason", [TimedOut("its store is away"), Conflict("it is another image now")])
+def test_why_something_is_not_mended_is_said_until_it_is(tmp_path: Path, reason: Problem) -> None:
+    """However often somebody finds out that its helper has ended."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["mend", IMAGE] = reason
+        record = await lost(engine)
+        await says(record, reason.message)
+        assert engine._mender.is_lost(record)
+        assert record.problem == reason.message
+        await engine.delete(MOUNT, force=False)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_helper_that_ends_when_it_has_just_been_replaced_is_replaced_again(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.mended += [Facts(helper=GONE), Facts(helper=HERE)]
+        record = await lost(engine)
+        await says(record, None)
+        assert record.facts.helper == HERE
+        engine._mender.close()
+
+    act(scenario, tmp_path)
+
+
+def test_what_waits_for_something_else_is_not_said_to_be_in_the_making(tmp_path: Path) -> None:
+    """An image that is just being mended goes when that has come back."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(on(loopback("/image")))
+        kernel.mended.append(Facts())
+        kernel.hold("mend", IMAGE)
+        with pytest.raises(TimedOut):
+            await engine._jobs.drive("mend", engine._graph.get(IMAGE))
+        await engine.delete(MOUNT, force=False)
+        assert "not come back from what was asked of it before" in (engine.picture(IMAGE).record.problem or "")
+        kernel.let_go("mend", IMAGE)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path, timeout=0.05)
