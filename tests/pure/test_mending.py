@@ -80,3 +80,16 @@ def test_what_waits_for_something_else_is_not_said_to_be_in_the_making(tmp_path:
         await gone(engine, kernel)
 
     act(scenario, tmp_path, timeout=0.05)
+
+
+def test_who_gives_up_what_was_written_is_told_of_whom_else_that_concerns(tmp_path: Path) -> None:
+    """A helper may serve several images."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        first, second = [await engine.create(loopback(name, ro=False)) for name in ("/one", "/two")]
+        for made in (first, second):
+            engine._graph.get(made.record.key).facts = Facts(device_file="/dev/loop0", helper=HERE)
+        told = engine._jobs.giving_up(engine._graph.get(first.record.key))
+        assert f"'kill -9 {HERE.pid}' (its storage helper, and that of attach 1" in told
+
+    act(scenario, tmp_path)

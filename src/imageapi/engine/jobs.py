@@ -79,10 +79,14 @@ class Jobs:
     def giving_up(self, record: AnyRecord) -> str:
         """What else there is than to wait, for who waits for what was written to an object or below it: a clause; ""
         where that does not go through a storage helper. What can only be read is cut off without being asked."""
-        helpers = (one.facts.helper for one in (record, *self._graph.below(record.key)) if self._is_written(one))
-        pids = sorted({helper.pid for helper in helpers if helper is not None})
-        processes = " ".join(map(str, pids))
-        return f"; to give up what was written, 'kill -9 {processes}' (its storage helper)" if pids else ""
+        stack = {one.key: one for one in (record, *self._graph.below(record.key))}
+        helpers = {one.facts.helper for one in stack.values() if self._is_written(one)} - {None}
+        if not helpers:
+            return ""
+        others = [one for one in self._graph.all("attach") if one.facts.helper in helpers and one.key not in stack]
+        shared = "".join(f", and that of {describe(one)}" for one in others)
+        command = " ".join(["kill", "-9", *sorted(str(helper.pid) for helper in helpers if helper is not None)])
+        return f"; to give up what was written, '{command}' (its storage helper{shared})"
 
     @staticmethod
     def _is_written(record: AnyRecord) -> bool:

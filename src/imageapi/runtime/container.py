@@ -246,7 +246,8 @@ class Container:
         """The exec has not come back: answer, and let the process end when its storage lets it."""
         self._fail(
             errors.TimedOut(
-                f"{order.argv[0]} could not be read from the image in {order.timeout:g}s; its storage does not answer"
+                f"{order.argv[0]} could not be read from the image in {order.timeout:g}s; its storage does not answer: "
+                "see to that, and ask again"
             )
         )
         self._say(self._failure())
