@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lab.book import AT_START, VICTIMS, WITH_HELPERS, FaultyServer
-from lab.crashes import ON_A_HELPER, STORIES, Lab, groups, sever, start, start_again
+from lab.crashes import ON_A_HELPER, STORIES, Lab, attach, groups, sever, start, start_again
 from lab.faults import Step
 from lab.images import small_image
 from lab.remote import BY_DAEMON, Store, on, over
@@ -118,6 +118,13 @@ def test_the_end_of_a_first_try_is_not_taken_for_the_end_of_the_second(lab_on_a_
     """The supervisor dies when the command runs and before it has said so; the server ends that, and tries again."""
     step = Step("super recv container._listen_to < container._on_tie", 1)
     assert lab_on_a_helper.interrupt(start_again, step, "helper and supervisor")
+
+
+@pytest.mark.ceph
+@pytest.mark.parametrize("lab_on_a_helper", ["on_ceph"], indirect=True)
+def test_a_loop_device_that_was_not_noted_yet_is_taken_away(lab_on_a_helper: Lab) -> None:
+    step = Step("worker LOOP_CONFIGURE export_loop.attach < exported._attach", 1)
+    assert lab_on_a_helper.interrupt(attach, step, "helper and itself")
 
 
 @pytest.mark.ceph

@@ -64,13 +64,14 @@ class FaultyServer(Server):
         }
         return [pid for one in who.split(" and ") for pid in found[one]()]
 
-    def start_in_vain(self, step: Step, who: str) -> None:
-        """Start it with a fault at one of the steps before it answers; it may get over it."""
+    def start_in_vain(self, step: Step, who: str) -> bool:
+        """Start it with a fault at one of the steps before it answers; it may get over it. Whether the step has
+        come."""
         victims = {"itself": [ITSELF], "supervisor": self._supervisors(), "both": [ITSELF, *self._supervisors()]}
         self.faults.arm(step, victims[who])
         self.launch()
         eventually(lambda: not self.runs or self._answers(), "it has ended, or answers")
-        self.faults.disarm()
+        return self.faults.disarm()
 
     def _supervisors(self) -> list[int]:
         with contextlib.suppress(StopIteration):

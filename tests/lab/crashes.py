@@ -7,6 +7,7 @@ once for each of them with a fault at it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -102,6 +103,25 @@ def collect(book: Book) -> Callable[[], object]:
     return lambda: book.ask("DELETE", f"/mount/{made['id']}")
 
 
+def attach(book: Book) -> Callable[[], object]:
+    """An attachment that nobody else has, of the image that all have, comes and goes."""
+    attachment = copy.deepcopy(_attachment(book.mount["overlay"]["lower"][0]))
+    attachment[attachment["kind"]]["readPartitions"] = True
+
+    def tell() -> None:
+        made = book.ask("POST", "/attach", attachment)
+        assert "id" in made, made
+        book.ask("DELETE", f"/attach/{made['id']}")
+
+    return tell
+
+
+def _attachment(mount: dict[str, Any]) -> dict[str, Any]:
+    """What a mount is on."""
+    definition: dict[str, Any] = mount[mount["kind"]]
+    return definition.get("attach") or {"kind": mount["kind"], mount["kind"]: definition[mount["kind"]]}
+
+
 def mend(book: Book) -> Callable[[], object]:
     """A storage helper is replaced under those that it served."""
     book.create("served")
@@ -148,9 +168,9 @@ def helpers_noted(server: Server) -> set[int]:
 
 STORIES = (
     *(create, create_in_vain, start, start_again, start_in_vain, stop, end, delete, delete_by_force, collect),
-    groups,
+    *(attach, groups),
 )
-ON_A_HELPER = (create, start, stop, delete, delete_by_force, collect, mend)
+ON_A_HELPER = (attach, create, start, stop, delete, delete_by_force, collect, mend)
 """What is done to containers whose image a storage daemon serves."""
 
 
@@ -201,9 +221,12 @@ class Lab:
             if not self._is_waiting():
                 self.book.create("next")  # after a start there is a child in waiting again
             self.clear()
-        self.deaths[f"{story.__name__}: {who}"] += came
-        self.missed[str(step)] += not came
+        self._count(story.__name__, step, who, came)
         return came
+
+    def _count(self, what: str, step: Step, who: str, came: bool) -> None:
+        self.deaths[f"{what}: {who}"] += came
+        self.missed[str(step)] += not came
 
     def _break(self, story: Story, step: Step, who: str) -> bool:
         tell = story(self.book)
@@ -235,10 +258,11 @@ class Lab:
         with _located(f"a start: {who} killed at {step}"):
             self._leave_work()
             self.server._end_by_itself()
-            self.server.start_in_vain(step, who)
+            came = self.server.start_in_vain(step, who)
             self.server.revive()
             self.check()
             self.clear()
+        self._count("the server's start", step, who, came)
 
     def _leave_work(self) -> None:
         """A create whose overlay is mounted, and an end that nobody has noted."""
@@ -266,7 +290,7 @@ class Lab:
 
     def clear(self) -> None:
         """All but the witness goes."""
-        drop_mounts(self.server)
+        drop_unknown(self.server)
         for name in [*self.book.known]:
             if name != "witness":
                 self.book.change("DELETE", name, "?force=true")
@@ -290,13 +314,16 @@ def _waits(pid: int) -> bool:
     return False
 
 
-def drop_mounts(server: FaultyServer) -> None:
-    """Delete the mounts of their own whose answer, or whose delete's, no client has heard. (What is below another is
-    not deleted: that is refused.)"""
+def drop_unknown(server: FaultyServer) -> None:
+    """Delete the mounts and attachments of their own whose answer, or whose delete's, no client has heard. (What is
+    below another is not deleted: that is refused.)"""
     held = {key for one in server.get("/container") for key in _mounts_below(one["mount"])}
     for mount in server.get("/mount"):
         if mount["id"] not in held and mount["refs"] == 1:
             server.http.delete(f"/mount/{mount['id']}")
+    for attachment in server.get("/attach"):
+        if attachment["refs"] == 1:
+            server.http.delete(f"/attach/{attachment['id']}")
 
 
 def _mounts_below(mount: dict[str, Any]) -> Iterator[int]:

@@ -153,7 +153,14 @@ def _doer(frame: FrameType | None) -> str:
 
 _FILES = ("mkdir", "rmdir", "unlink", "rename", "mkfifo", "mknod", "symlink", "write", "truncate", "waitid", "splice")
 _MESSAGES = ("send", "sendmsg", "recv", "recv_into", "recvmsg")
-_LOOPS = {0x4C01: "LOOP_CLR_FD", 0x4C0A: "LOOP_CONFIGURE", 0x4C80: "LOOP_CTL_ADD", 0x4C82: "LOOP_CTL_GET_FREE"}
+_LOOPS = {
+    0x4C01: "LOOP_CLR_FD",
+    0x4C04: "LOOP_SET_STATUS64",
+    0x4C06: "LOOP_CHANGE_FD",
+    0x4C0A: "LOOP_CONFIGURE",
+    0x4C80: "LOOP_CTL_ADD",
+    0x4C82: "LOOP_CTL_GET_FREE",
+}
 _QUIET = ("forget_code", "name", "statmount", "listmount", "ustat", "mount_id", "statx")
 """Functions of the kernel layer that only look, or change nothing that lasts."""
 

@@ -25,7 +25,7 @@ from typing import Any
 from lab import session as test_session
 from lab.book import COUNTING, OBEDIENT, VICTIMS, WITH_HELPERS, Book, FaultyServer, Interrupted
 from lab.ceph import Cluster
-from lab.crashes import check_clean, check_counted, drop_mounts, kill_helpers
+from lab.crashes import check_clean, check_counted, drop_unknown, kill_helpers
 from lab.faults import Step
 from lab.images import small_image
 from lab.machine import Machine
@@ -190,7 +190,7 @@ class Soak:
         for book in books:
             book.check([one for one in shown if one["name"].startswith(book.prefix)])
         assert sum(len(book.known) for book in books) == len(shown), shown
-        drop_mounts(self.server)
+        drop_unknown(self.server)
         check_clean(self.server)
         for known in self.witnesses.known.values():
             check_counted(known)
