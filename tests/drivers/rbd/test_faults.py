@@ -171,9 +171,11 @@ def test_a_hung_daemon_is_killed_when_nothing_stands_on_any_of_its_images(
 
 @pytest.mark.parametrize("several", [False, True], ids=["alone", "beside another"])
 def test_an_image_whose_daemon_was_forgotten_is_let_go_all_the_same(
-    site: Site, ceph: Cluster, image: str, several: bool
+    site: Site, ceph: Cluster, small_squashfs: Path, several: bool
 ) -> None:
-    """Somebody has removed what says which it is: meanwhile none is taken for one that nobody needs."""
+    """Somebody has removed what says which it is: meanwhile none is taken for one that nobody needs. The cluster takes
+    a killed daemon for a watcher for half a minute: no other test has had this image."""
+    ceph.import_image(str(small_squashfs), image := f"forgotten-{several}")
     forgotten, other = (record(definition(ceph, image), number) for number in range(2))
     with contextlib.ExitStack() as also, attached(site, forgotten):
         if several:
