@@ -113,6 +113,21 @@ def test_a_supervisor_is_found_though_its_files_were_removed(server: Server, rem
     assert server.await_state(0, "exited")["exit_code"] == 137
 
 
+def test_a_supervisor_makes_its_files_again_at_the_next_start(server: Server) -> None:
+    """They are removed while a server is there, and what was parked among them is parked again: only by that the next
+    supervisor learns how the container ended."""
+    made = server.post("/container", box("/bin/sh -c 'trap \"exit 3\" USR1; while :; do sleep 0.01; done'"))
+    subprocess.run(["rm", "-rf", server.run_dir / "supervisor"], check=False, capture_output=True)
+    server.post("/container", box("/bin/true"))
+    assert server.await_state(1, "exited")["exit_code"] == 0
+    server.stop()
+    kill(server.supervisor)
+    os.kill(made["pid"], signal.SIGUSR1)
+    eventually(lambda: not alive(made["pid"]), "the container has ended")
+    server.start()
+    assert server.await_state(0, "exited", "dead")["exit_code"] == 3
+
+
 def test_a_server_of_another_release_upgrades_the_supervisor_in_place(server: Server, tmp_path: Path) -> None:
     before, supervisor = server.post("/container", box(TALKING, name="talker")), server.supervisor
     server.stop()

@@ -280,7 +280,13 @@ class Container:
         self._pidfd, self._ours = found, pidfd.is_child(found)
         self._reopen()
         self._watch()
-        self._parked = self._parked or self._around.keep.park(found, entry.name)
+        if not self._parked:
+            self.park()
+
+    def park(self) -> None:
+        """Have the next supervisor learn of the end, if the process has not ended yet and the kernel can."""
+        if self.life.running:
+            self._parked = self._around.keep.park(self._pidfd, self.entry.name)
 
     def _reopen(self) -> None:
         try:

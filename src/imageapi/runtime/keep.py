@@ -73,7 +73,7 @@ class Keep:
         except OSError:
             os.close(pin)
             return None
-        self.restore()
+        _make_directories("")
         return pin
 
     def _make(self, mark: str) -> int:
@@ -107,13 +107,22 @@ class Keep:
         os.fchdir(root)
         os.close(root)
         _pivot_here()
-        mount("proc", "/proc", "proc", _SAFE, None)
+        _mount_proc()
         return _own_namespace()
 
     @staticmethod
+    def is_whole() -> bool:
+        """Whether nobody has removed its directories, as can be done in the host's namespace: the root's links count
+        them. To be called inside."""
+        return os.stat("/").st_nlink >= 2 + len(DIRECTORIES)
+
+    @staticmethod
     def restore() -> None:
-        """Make again what somebody has removed, who saw it in the host's namespace. To be called inside."""
+        """Make again what somebody has removed; what was mounted there in other namespaces is unmounted by that
+        (mount_namespaces(7)), as what was parked is. To be called inside."""
         _make_directories("")
+        if not os.path.exists("/proc/self"):
+            _mount_proc()
 
     def outside(self) -> contextlib.AbstractContextManager[None]:
         """Be in the host's mount namespace for the while of a `with`."""
@@ -212,6 +221,10 @@ class Keep:
 def _make_directories(root: str) -> None:
     for directory in DIRECTORIES:
         os.makedirs(f"{root}{directory}", 0o700, exist_ok=True)
+
+
+def _mount_proc() -> None:
+    mount("proc", "/proc", "proc", _SAFE, None)
 
 
 def _own_namespace() -> int:

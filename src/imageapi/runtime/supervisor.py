@@ -277,13 +277,22 @@ class Supervisor:
         """Make again what somebody has removed: the logs' directory, and that without which the next server, or
         supervisor, would not find us and the containers. The child in waiting has what was removed, too."""
         with contextlib.suppress(OSError):
-            self._around.keep.restore()
-            renewed = self._around.logs.renew_if_gone()
+            renewed = self._restore_keep() | self._around.logs.renew_if_gone()
             if not claim.stands(self._around.directory, self._lock):
                 renewed |= self._claim_again(self._around.directory)
             if renewed:
                 self._dismiss_spare()
                 self._bear_spare()
+
+    def _restore_keep(self) -> bool:
+        """Whether there was anything to be made again. Raises: OSError."""
+        keep = self._around.keep
+        if keep.is_whole():
+            return False
+        keep.restore()
+        for container in self._containers.values():
+            container.park()
+        return True
 
     def _claim_again(self, directory: int) -> bool:
         """False where another supervisor was quicker, which has all then. Raises: OSError."""
@@ -382,6 +391,8 @@ class Supervisor:
         found = self._containers.get(order.id)
         if found is not None and found.life.running:
             raise errors.Conflict(f"container {order.id} has a process already: {found.life.pid}")
+        if not self._around.keep.is_whole():
+            self._restore()
         container = Container(self._around, self._on_news)
         spare, self._spare = (None, self._spare) if order.systemd else (self._spare, None)
         try:
