@@ -21,7 +21,7 @@ import httpx
 from lab import audit
 from lab.book import COUNTING, MISSING, OBEDIENT, Book, FaultyServer, Interrupted
 from lab.faults import Step
-from lab.server import Server, eventually
+from lab.server import Server, alive, eventually
 
 Story = Callable[[Book], Callable[[], object]]
 """Sets the scene, and returns what is told with a fault in it."""
@@ -285,8 +285,13 @@ class Lab:
         return False
 
     def check(self) -> None:
-        self.book.check(self.server.get("/container"))
+        self.book.check(eventually(self._as_they_are, "who is said to run does"))
         check_clean(self.server)
+
+    def _as_they_are(self) -> Any:
+        """The containers, if none is shown to run that has just ended, for lack of its image."""
+        found = self.server.get("/container")
+        return found if all(alive(one["pid"]) for one in found if one["state"] == "running") else None
 
     def clear(self) -> None:
         """All but the witness goes."""

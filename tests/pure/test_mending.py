@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from imageapi.engine import endings
 from imageapi.engine.engine import Engine
 from imageapi.errors import Conflict, Problem, TimedOut
 from imageapi.linux import pidfd
-from imageapi.records import AnyRecord, Facts, Helper, Key
+from imageapi.records import AnyRecord, Facts, Helper, Key, Run
 from pure.nests import loopback, on
 from pure.slow_kernel import SlowKernel, act, gone
 
@@ -93,3 +95,9 @@ def test_who_gives_up_what_was_written_is_told_of_whom_else_that_concerns(tmp_pa
         assert f"'kill -9 {HERE.pid}' (its storage helper, and that of attach 1" in told
 
     act(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("bereft", [True, False])
+def test_an_end_for_lack_of_the_image_says_so_also_when_that_is_mended_by_then(bereft: bool) -> None:
+    run = Run(logfile="/log", created_at="2026-01-01T00:00:00Z")
+    assert "SIGBUS: a page of a file could not be had" in endings.complaint(run, 128 + signal.SIGBUS, bereft=bereft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from imageapi.errors import from_oserror
 from imageapi.records import AnyRecord, Run
@@ -21,6 +22,8 @@ def complaint(run: Run, exit_code: int | None, *, bereft: bool) -> str:
     if exit_code is None:
         return "it ended while nobody watched, so that its exit code is not known"
     how = f"was killed by signal {exit_code - 128}" if exit_code > 128 else f"exited with status {exit_code}"
+    if exit_code == 128 + signal.SIGBUS:
+        how += " (SIGBUS: a page of a file could not be had, mostly of its image: see to the store of that)"
     if bereft:
         how += " while its image could not be read, since its storage helper had ended"
     return f"its command {how}; {run.logfile} has its output"
