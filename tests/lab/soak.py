@@ -29,7 +29,7 @@ from lab.crashes import check_clean, check_counted, drop_unknown, kill_helpers
 from lab.faults import Step
 from lab.images import small_image
 from lab.machine import Machine
-from lab.server import FOREVER, SOURCE, other_release, squashfs
+from lab.server import FOREVER, SOURCE, alive, eventually, other_release, squashfs
 
 CLIENTS = 4
 MOST = 4
@@ -155,9 +155,13 @@ class Soak:
         """Kill somebody, whatever is going on."""
         who = self.random.choice(("server", "supervisor", "zygote", "both"))
         time.sleep(self.random.uniform(0, 0.4))
-        for pid in self.server.victims(who):
+        victims = self.server.victims(who)
+        for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        eventually(
+            lambda: not any(map(alive, victims)), "who was killed is dead"
+        )  # a server without zygote ends, later
         return f"{who} at a moment"
 
     def _restart(self) -> str:
