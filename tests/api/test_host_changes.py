@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from imageapi.config import Config
 from imageapi.engine import rundir
 from imageapi.errors import Conflict
 from imageapi.linux import loop
-from lab.server import FOREVER, Server, box, copy_of_small_image, eventually, image, kill, squashfs, writable
+from lab.server import FOREVER, SOURCE, Server, box, copy_of_small_image, eventually, image, kill, squashfs, writable
 
 pytestmark = pytest.mark.api
 
@@ -208,6 +209,21 @@ def test_the_run_directory_that_somebody_removes(server: Server) -> None:
     eventually(lambda: "said" in _read(later["logfile"]), "another container prints")
     server.clear()
     assert server.leaks() == []
+
+
+@pytest.mark.parametrize("late", ["audit.look(site, '', -1)", "supervisor.run(site)"])
+def test_what_outlives_a_server_does_not_make_its_run_directory_again(tmp_path: Path, late: str) -> None:
+    """Whoever has stopped it may have removed that for good; a worker or a new supervisor may come to it later."""
+    gone = tmp_path / "gone"
+    program = f"""
+from imageapi.config import Site
+from imageapi.engine import audit
+from imageapi.runtime import supervisor
+site = Site(run_dir={str(gone)!r})
+{late}"""
+    ran = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
+    assert ran.returncode in (0, 1)
+    assert not gone.exists()
 
 
 def _remove_files(directory: Path, but: Path) -> None:

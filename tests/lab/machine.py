@@ -189,7 +189,10 @@ def _process_trace(process: Process) -> Trace:
 
 
 def _described(trace: Trace) -> str:
-    """With the command line where it is a process: that changes during its life, so it is no part of its identity."""
+    """With what is no part of its identity, since that may change: a process's command line, and what a directory has,
+    which tells who has made it."""
+    if trace.kind == "file" and os.path.isdir(trace.identity):
+        return f"{trace}: {sorted(str(path.relative_to(trace.identity)) for path in Path(trace.identity).rglob('*'))}"
     process = _process_of(trace)
     return f"{trace}: {process.command}" if process else str(trace)
 

@@ -471,9 +471,9 @@ def _remove_directory(site: Site, key: Key) -> None:
 
 
 def _make_directory(site: Site, path: str) -> None:
-    os.makedirs(site.helpers_dir, mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
+    for each in (site.helpers_dir, path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(each, 0o700)
 
 
 def _directory(key: Key) -> str:

@@ -6,13 +6,11 @@ with what it has done meanwhile.
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 from imageapi.config import Site
 from imageapi.drivers.audit import Host, Wrong
 from imageapi.drivers.base import driver
-from imageapi.engine import rundir
 from imageapi.errors import Problem
 from imageapi.linux import inotify, process
 from imageapi.records import AnyRecord, Key, Phase
@@ -29,13 +27,12 @@ class Finding(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One look at the host: the objects of which there is a record on disk, what was found, the numbers of the inotify
-    watches by which changes are told, and whether something of the run directory's own was missing, and made again."""
+    """One look at the host: the objects of which there is a record on disk, what was found, and the numbers of the
+    inotify watches by which changes are told."""
 
     written: set[Key]
     findings: list[Finding]
     watches: set[int]
-    restored: bool
 
 
 class Found(NamedTuple):
@@ -56,21 +53,17 @@ class Report(NamedTuple):
 
 
 def look(site: Site, boot_id: str, instance: int) -> Look:
-    """Compare all live objects with the host; `instance` is that of inotify, -1 for none. Directories that somebody has
-    removed are made again.
+    """Compare all live objects with the host; `instance` is that of inotify, -1 for none.
 
     Raises: OSError.
     """
     process.name("imageapi-audit")
-    restored = False
-    with contextlib.suppress(OSError):
-        restored = rundir.restore(site)
     records = peek(site.state_dir).records
     host = Host(instance)
     for directory in (site.run_dir, site.mounts_dir, site.state_dir):
         host.watch(directory, inotify.ENTRIES)
     findings = audit([record for record in records if is_live(record, boot_id)], site, host)
-    return Look({record.key for record in records}, findings, host.watches, restored)
+    return Look({record.key for record in records}, findings, host.watches)
 
 
 def is_live(record: AnyRecord, boot_id: str) -> bool:

@@ -78,6 +78,7 @@ class Auditor:
         seconds."""
         if watch is not None:
             watch.arm()
+        restored = self._restore_directories()
         try:
             job = Job("audit", self._boot_id, watch.instance if watch else -1)
             seen: Look = await self._jobs.run(APART, job, patience)
@@ -87,8 +88,8 @@ class Auditor:
         if watch is not None:
             watch.keep(seen.watches)
         self._write_again(seen.written)
-        if seen.restored:
-            await self._restore()
+        if restored:
+            await self._restore_files()
         self._say(dict(self._verdicts(seen.findings)))
         return True
 
@@ -98,8 +99,15 @@ class Auditor:
             if record.phase is Phase.LIVE and record.key not in written:
                 self._ledger.note(record)
 
-    async def _restore(self) -> None:
-        """What lies beside the records: somebody has removed a part of the run directory."""
+    def _restore_directories(self) -> bool:
+        """Make again what somebody has removed of the run directory; whether anything was. No worker does this: it may
+        come to it after our end, when whoever has stopped us may have removed the directory for good."""
+        with contextlib.suppress(OSError):
+            return rundir.restore(self._ledger.site)
+        return False
+
+    async def _restore_files(self) -> None:
+        """What lies beside the records, when a part of the run directory was missing."""
         log.warning("a part of %s was removed by somebody, and has been made again", self._ledger.site.run_dir)
         with contextlib.suppress(Problem, OSError):
             rundir.sign(self._ledger.site.run_dir)

@@ -103,7 +103,7 @@ class Loop:
         return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
 
     def _call(self, handler: Handler | None, descriptor: int | None = None) -> None:
-        if handler is None:
+        if handler is None or self._stopped:
             return
         try:
             handler()

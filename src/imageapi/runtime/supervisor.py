@@ -71,7 +71,8 @@ def run(site: Site) -> NoReturn:
     status = 1
     try:
         process.close_all_but()
-        os.makedirs(site.supervisor_dir, 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(site.supervisor_dir, 0o700)  # in a run directory that is gone there is nothing to supervise
         _open_standard_files(site)
         directory = os.open(site.supervisor_dir, _DIRECTORY)
         if not claim.recall(directory, surroundings.mark(site)) and (lock := claim.lock(directory)) is not None:
