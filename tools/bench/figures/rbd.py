@@ -23,17 +23,22 @@ def figure(lab: Lab) -> Figure:
     with Cluster().running() as ceph, lab.service("--rbd-backend", "daemon") as (_, client):
         ceph.import_image(str(lab.image), "image.sqsh")
         attach = request("POST", "/attach/rbd", _definition(ceph))
-        alone.values = [_round(client, attach) for _ in range(ROUNDS)]
+        alone.values = _rounds(client, attach, ROUNDS // 2)
         for _ in range(ATTACHED):
             client.ask(attach)
-        crowded.values = [_round(client, attach) for _ in range(ROUNDS)]
+        crowded.values = _rounds(client, attach, ROUNDS)
         clear(client)
+        alone.values += _rounds(client, attach, ROUNDS // 2)  # before and after: the machine has its moods
     return Figure("Attach an RBD image by the storage daemon", [alone, crowded])
 
 
 def _definition(ceph: Cluster) -> dict[str, Any]:
     options = {"name": "admin", "secret": ceph.admin_key, "ro": True}
     return {"monitors": [ceph.monitor], "pool": "rbd", "image": "image.sqsh", "options": options}
+
+
+def _rounds(client: Client, attach: bytes, number: int) -> list[float]:
+    return [_round(client, attach) for _ in range(number)]
 
 
 def _round(client: Client, attach: bytes) -> float:

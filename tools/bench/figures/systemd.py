@@ -1,4 +1,7 @@
-"""A Debian with systemd: from the request until it says that it is running, beside systemd-nspawn."""
+"""A Debian with systemd: from the request until it says that it is running, beside systemd-nspawn.
+
+An image that nobody has in use is mounted by the request, and what systemd reads of it is unpacked for the first time.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from tools.bench.client import Client, request
 from tools.bench.lab import Lab
 from tools.bench.measure import MILLISECOND, Figure, Target, Unable, described, interleave
 from tools.bench.service import PATIENCE, nest
-from tools.images import systemd_image
+from tools.images import run, systemd_image
 
 ROUNDS = 6
-OURS, NSPAWN = "POST until `running`", "systemd-nspawn --boot, on a mounted root"
+OURS, LZ4 = "POST until `running`", "POST until `running`, the image packed with lz4hc"
+SHARED = "POST until `running`, the image in use already"
+NSPAWN = "systemd-nspawn --boot, on a mounted root"
 INIT = "/usr/lib/systemd/systemd"
 PAUSE = 0.005
 """Seconds between two questions, each of which takes a processor for some milliseconds."""
@@ -23,16 +28,41 @@ PAUSE = 0.005
 
 def figure(lab: Lab) -> Figure:
     image = systemd_image()
-    create = request("POST", "/container", nest(image, INIT, state="running", systemd=True))
-    mount = request("POST", "/mount", nest(image, "")["mount"])
+    create, of_lz4 = _creating(image), _creating(_packed_with_lz4(image, lab.place))
+    mount = nest(image, "")["mount"]
+    whole, lower = (request("POST", "/mount", each) for each in (mount, mount["overlay"]["lower"][0]))
     with lab.service() as (_, client):
         contestants = {
             OURS: lambda: {OURS: _ours(client, create)},
-            NSPAWN: lambda: {NSPAWN: _nspawn(client, mount, lab.place)},
+            LZ4: lambda: {LZ4: _ours(client, of_lz4)},
+            SHARED: lambda: {SHARED: _shared(client, lower, create)},
+            NSPAWN: lambda: {NSPAWN: _nspawn(client, whole, lab.place)},
         }
         rows = interleave(ROUNDS, contestants)
-    described(rows, OURS, NSPAWN, Target(290.0))
-    return Figure("A small Debian from its image until systemd says `running`", list(rows.values()))
+    for name in (OURS, LZ4, SHARED):
+        described(rows, name, NSPAWN, Target(290.0))
+    return Figure("A small Debian from its image (squashfs, zstd) until systemd says `running`", list(rows.values()))
+
+
+def _creating(image: Path) -> bytes:
+    return request("POST", "/container", nest(image, INIT, state="running", systemd=True))
+
+
+def _packed_with_lz4(image: Path, place: Path) -> Path:
+    tree, packed = place / "systemd", place / "systemd-lz4.sqsh"
+    run("unsquashfs", "-quiet", "-no-progress", "-dest", str(tree), str(image))
+    run("mksquashfs", str(tree), str(packed), "-comp", "lz4", "-Xhc", "-b", "128K", "-quiet", "-no-progress")
+    return packed
+
+
+def _shared(client: Client, lower: bytes, create: bytes) -> float:
+    """The second container on an image."""
+    kept = client.ask(lower).json()
+    try:
+        _ours(client, create)
+        return _ours(client, create)
+    finally:
+        client.ask(request("DELETE", f"/mount/{kept['id']}"))
 
 
 def _ours(client: Client, create: bytes) -> float:
