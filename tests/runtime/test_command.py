@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -11,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from imageapi.errors import Invalid
-from imageapi.runtime import command, layout, logs
+from imageapi.runtime import command, init, layout, logs
 
 pytestmark = pytest.mark.pure
+
+PROGRAM = Path("/bin/true").read_bytes()
+"""A program of this machine that needs a dynamic loader."""
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_quotes_count_and_nothing_is_expanded(text: str, words: list[str]) -> No
     assert command.split(text) == words
 
 
-@pytest.mark.parametrize("text", ["", "   ", "''", "/bin/sh 'open", '/bin/sh "open', "/bin/sh \\"])
+@pytest.mark.parametrize("text", ["", "   ", "''", "/bin/sh 'open", '/bin/sh "open', "/bin/sh \\", "/bin/echo a\0b"])
 def test_what_is_no_command_is_refused_at_its_place(text: str) -> None:
     with pytest.raises(Invalid) as refused:
         command.split(text)
@@ -70,6 +75,10 @@ def test_a_loader_that_is_missing_is_named(root: int, tmp_path: Path) -> None:
     assert loader.startswith("/lib")
     (tmp_path / loader[1:]).parent.mkdir(parents=True)
     write(tmp_path, loader[1:], b"\x7fELF")
+    assert "is no dynamic loader" in refusal(root, "/bin/true")
+    write(tmp_path, loader[1:], b"#!/bin/sh\n" * 20)
+    assert "is no dynamic loader" in refusal(root, "/bin/true")
+    write(tmp_path, loader[1:], Path("/bin/true").read_bytes())
     command.validate(root, ["/bin/true"])
 
 
@@ -87,13 +96,46 @@ def test_an_interpreter_may_be_a_script_but_not_for_ever(root: int, tmp_path: Pa
         (b"", "neither a program nor a script"),
         (b"text\n", "neither a program nor a script"),
         (b"#!\n", "names no interpreter"),
+        (b"#! \0/bin/true\n", "names no interpreter"),
+        (b"#!/bin/none\0 and more\n", "there is no /bin/none, the interpreter"),
+        (b"#!/bin/\xff\n", "there is no /bin/\\xff, the interpreter"),
+        (b"#!/bin/true\r\n", "there is no /bin/true\\r, the interpreter of /bin/odd in the image; the script's lines"),
+        (b"#!/" + b"a" * 300 + b"\n", "too long"),
         (b"\x7fELF", "damaged"),
+        (PROGRAM[:64], "damaged"),
+        (PROGRAM[:300], "damaged"),
+        (PROGRAM[:800], "damaged"),
+        (PROGRAM[:16] + b"\1\0" + PROGRAM[18:], "object file"),
         (b"\x7fELF\x02\x01\x01" + bytes(11) + struct.pack("<H", 75), "built for machine 75"),
     ],
 )
 def test_what_the_kernel_cannot_execute_is_told(root: int, tmp_path: Path, content: bytes, reason: str) -> None:
     write(tmp_path, "bin/odd", content)
     assert reason in refusal(root, "/bin/odd")
+
+
+def test_a_line_without_an_end_names_an_interpreter_all_the_same(root: int, tmp_path: Path) -> None:
+    write(tmp_path, "bin/last", b"#!/bin/none")
+    assert "/bin/none, the interpreter of /bin/last" in refusal(root, "/bin/last")
+    write(tmp_path, "bin/long", b"#!/bin/none " + b"a" * 300)
+    assert "/bin/none, the interpreter of /bin/long" in refusal(root, "/bin/long")
+
+
+@pytest.mark.parametrize("number", [errno.ENOEXEC, errno.ELIBBAD, errno.ENOENT, errno.EACCES, errno.E2BIG])
+def test_what_only_the_kernel_refuses_is_the_commands_own_fault(root: int, tmp_path: Path, number: int) -> None:
+    write(tmp_path, "bin/static", Path("/bin/busybox").read_bytes())
+    reason = command.explain(root, ["/bin/static"], OSError(number, os.strerror(number)))
+    assert isinstance(reason, Invalid)
+    assert os.strerror(number) in reason.message
+
+
+def test_a_failure_is_told_whatever_is_in_its_words() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        init._report(theirs, Invalid("there is no \udcff"))
+        assert b"cannot tell why" in ours.recv(1 << 16)
+        ours.close()
+        init._report(theirs, Invalid("nobody hears it"))
 
 
 def test_no_path_leads_out_of_the_tree(root: int, tmp_path: Path) -> None:

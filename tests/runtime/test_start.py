@@ -211,6 +211,37 @@ def test_a_program_whose_loader_is_missing_names_it(supervised: Supervised, root
         supervised.start("/bin/dynamic")
 
 
+STATIC = Path("/bin/busybox").read_bytes()
+UNUSABLE = {
+    "an object file": STATIC[:16] + b"\1\0" + STATIC[18:],
+    "cut after its header": STATIC[:64],
+    "an interpreter of bytes": b"#!/bin/\xff\n",
+    "an interpreter that ends at a NUL": b"#!/bin/none\0\n",
+    "an interpreter with a carriage return": b"#!/bin/sh\r\n",
+    "segments of an odd size": STATIC[:54] + b"\x20\0" + STATIC[56:],
+}
+
+
+@pytest.mark.parametrize("content", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_program_that_is_none_is_told_as_the_commands_own_fault(
+    supervised: Supervised, root: Path, content: bytes
+) -> None:
+    (root / "bin/odd").write_bytes(content)
+    (root / "bin/odd").chmod(0o755)
+    with pytest.raises(Invalid, match=r"/bin/odd"):
+        supervised.start("/bin/odd")
+
+
+def test_a_loader_that_is_a_script_is_not_the_storages_fault(supervised: Supervised, root: Path) -> None:
+    source = b"int main(void) { return 0; }"
+    loader = "-Wl,--dynamic-linker=/bin/loader"
+    subprocess.run(["gcc", "-x", "c", "-", loader, "-o", str(root / "bin/dynamic")], input=source, check=True)
+    (root / "bin/loader").write_bytes(b"#!/bin/sh\n")
+    (root / "bin/loader").chmod(0o755)
+    with pytest.raises(Invalid, match=r"/bin/loader, the dynamic loader that /bin/dynamic needs, is no"):
+        supervised.start("/bin/dynamic")
+
+
 def test_a_root_without_a_mountpoint_gets_it_where_it_can(supervised: Supervised, root: Path) -> None:
     for name in ("proc", "sys", "dev"):
         (root / name).rmdir()
