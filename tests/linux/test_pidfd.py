@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def await_end(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     assert poll.poll(10_000)
+
+
+def test_the_number_of_a_thread_is_no_process() -> None:
+    """As the pid of a process that has ended may be by now."""
+    go_on = threading.Event()
+    thread = threading.Thread(target=go_on.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        with pytest.raises(ProcessLookupError):
+            pidfd.pidfd_open(thread.native_id)
+    finally:
+        go_on.set()
+        thread.join()
 
 
 def test_a_zombie_has_no_start_time(sleeper: subprocess.Popen[bytes]) -> None:

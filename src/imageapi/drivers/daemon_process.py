@@ -198,16 +198,16 @@ class Daemon:
         """A pidfd of it; None when it has ended. It is looked at again once the pidfd holds the process."""
         pid = self.pid()
         try:
-            pidfd = None if pid is None else os.pidfd_open(pid)
+            descriptor = None if pid is None else pidfd.pidfd_open(pid)
         except ProcessLookupError:
-            pidfd = None
-        if pidfd is None:
+            descriptor = None
+        if descriptor is None:
             yield None
             return
         try:
-            yield pidfd if self.pid() == pid else None
+            yield descriptor if self.pid() == pid else None
         finally:
-            os.close(pidfd)
+            os.close(descriptor)
 
 
 def _not_started(status: int, words: str) -> Exception:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from imageapi.linux.pidfd import pidfd_open
 from imageapi.linux.process import die_with_parent
 
 _BUG = 255
@@ -63,14 +64,14 @@ def _await(child: int, seconds: float) -> int:
 
 
 def _kill_after(child: int, seconds: float) -> None:
-    pidfd = os.pidfd_open(child)
+    descriptor = pidfd_open(child)
     try:
         ended = select.poll()
-        ended.register(pidfd, select.POLLIN)
+        ended.register(descriptor, select.POLLIN)
         if not ended.poll(seconds * 1000):
             os.kill(child, signal.SIGKILL)
     finally:
-        os.close(pidfd)
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------- many, with answers

@@ -39,8 +39,14 @@ PIDFD_GET_INFO = 3 << 30 | ctypes.sizeof(_PidfdInfo) << 16 | 0xFF << 8 | 11
 
 
 def pidfd_open(pid: int) -> int:
-    """A descriptor of the process. Raises: ProcessLookupError."""
-    return os.pidfd_open(pid)
+    """A descriptor of the process. Raises: ProcessLookupError, also where the number is that of a thread only, for
+    which the kernel says ENOENT, and an older one EINVAL."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
+        raise
 
 
 def send_signal(pidfd: int, number: int) -> None:
