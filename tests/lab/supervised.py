@@ -24,7 +24,7 @@ from imageapi.linux import loop
 from imageapi.records import Key
 from imageapi.runtime import lender, supervisor
 from imageapi.runtime.client import Supervisor
-from imageapi.runtime.protocol import Ended, Life, Start, Started
+from imageapi.runtime.protocol import Ended, Life, LogTrouble, Start, Started
 
 PATIENCE = 20.0
 """Seconds until what should happen is given up."""
@@ -61,10 +61,13 @@ class Supervised:
         self.site = site
         self.root = root
         self.news: list[Ended] = []
+        self.log_news: list[LogTrouble] = []
         self._loop = asyncio.new_event_loop()
         self._attempts: dict[int, int] = {}
         self._killed = 0
-        self.client = Supervisor(site, launch=lambda: detach(site), on_ended=self.news.append)
+        self.client = Supervisor(
+            site, launch=lambda: detach(site), on_ended=self.news.append, on_log=self.log_news.append
+        )
         self.lives = self.do(self.client.connect())
 
     def do(self, work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
@@ -196,7 +199,9 @@ class Supervised:
         """Be the next server: another client, which finds the supervisor there. Raises: errors.Problem."""
         self.client.close()
         self._loop.run_until_complete(asyncio.sleep(0))
-        self.client = Supervisor(self.site, launch=lambda: detach(self.site), on_ended=self.news.append)
+        self.client = Supervisor(
+            self.site, launch=lambda: detach(self.site), on_ended=self.news.append, on_log=self.log_news.append
+        )
         self.lives = self.do(self.client.connect())
 
     def children(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -18,7 +19,8 @@ from imageapi.config import LOG_LIMIT, Site
 from imageapi.errors import Conflict, NotFound, Problem, TimedOut
 from imageapi.linux import cgroup, libc, pidfd
 from imageapi.runtime import client, output, protocol
-from lab.supervised import Supervised, detach, eventually
+from imageapi.runtime.protocol import Started
+from lab.supervised import Supervised, detach, eventually, mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -127,6 +129,42 @@ def test_a_log_that_is_full_is_rotated(supervised: Supervised) -> None:
     assert old.stat().st_size + new.stat().st_size > megabytes << 20
 
 
+def test_another_supervisor_finds_out_whether_a_log_takes_what_is_printed(site: Site, root: Path) -> None:
+    """It knows nothing of what the last one has told, and tells what it finds."""
+    printing = "trap 'seq 1 5000' USR1; echo ready; while :; do sleep 0.01; done"
+    os.rmdir(site.logs_dir)
+    with mounted(Path(site.logs_dir), "-t", "tmpfs", "-o", "size=64k", "tmpfs") as disk:
+        running = Supervised(site, root)
+        started = running.shell(printing)
+        await_line(running, "ready")
+        (disk / "filler").write_bytes(bytes(40 << 10))
+        print_until_told(running, started, errno.ENOSPC)
+        assert running.life(started).log_trouble == errno.ENOSPC
+        running.kill_supervisor()
+        (disk / "filler").unlink()
+        running.resume()
+        assert running.life(started).log_trouble == 0
+        print_until_told(running, started, 0)
+        (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail << 12))
+        running.kill_supervisor()
+        running.resume()
+        print_until_told(running, started, errno.ENOSPC)
+        assert running.life(started).log_trouble == errno.ENOSPC
+        running.close()
+
+
+def print_until_told(supervised: Supervised, started: Started, number: int) -> None:
+    """Have it print, and return when what is told of its log then is this errno."""
+    told = len(supervised.log_news)
+    supervised.signal(started, signal.SIGUSR1)
+
+    def is_told() -> bool:
+        supervised.do(supervised.client.list())
+        return [news.errno for news in supervised.log_news[told:]][-1:] == [number]
+
+    eventually(is_told, f"{os.strerror(number)} is told")
+
+
 def test_one_that_floods_its_log_keeps_nobody_waiting(supervised: Supervised) -> None:
     flooding = supervised.shell("while :; do seq 1 10000; done", container=1)
     for _ in range(5):
@@ -162,7 +200,8 @@ def test_a_container_outlives_its_supervisor(supervised: Supervised) -> None:
     assert pidfd.start_time(started.pid) == born
     supervised.resume()
     life = supervised.life(started)
-    assert (life.running, life.pid, life.start_time) == (True, started.pid, started.start_time)
+    assert (life.running, life.pid) == (True, started.pid)
+    assert life.start_time >= started.start_time
     seen = len(supervised.printed().splitlines())
     await_line(supervised, str(seen + 50))
     assert supervised.kill(started).exit_code == 128 + signal.SIGKILL

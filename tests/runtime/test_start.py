@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,28 @@ def test_the_pid_is_the_hosts_number_of_the_first_process(supervised: Supervised
     assert born is not None
     assert 0 <= started.start_time - born < 100 * PATIENCE
     assert f"NSpid:\t{started.pid}\t1\n" in Path(f"/proc/{started.pid}/status").read_text()
+
+
+def test_its_age_is_counted_from_the_exec(supervised: Supervised) -> None:
+    """However long the start took before."""
+    child = in_waiting(supervised)
+    os.kill(child, signal.SIGSTOP)
+    starting = supervised.begin("/bin/sleep", "1000")
+    eventually(lambda: os.path.exists(f"{supervised.site.supervisor_dir}/0.json"), "its process is noted")
+    noted = ticks()
+    eventually(lambda: ticks() > noted + 1, "the clock goes on while it stands")
+    before = ticks()
+    os.kill(child, signal.SIGCONT)
+    started = supervised.do(starting)
+    assert before <= started.start_time <= ticks()
+    assert supervised.life(started).start_time == started.start_time
+    supervised.kill_supervisor()
+    supervised.resume()
+    assert before <= supervised.life(started).start_time <= ticks()
+
+
+def ticks() -> int:
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 # ------------------------------------------------------------------------------------------- what it is given

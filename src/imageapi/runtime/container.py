@@ -37,7 +37,7 @@ class Container:
 
     __slots__ = (
         *("_around", "_tell", "_answer", "_tie", "_deadline", "_problem", "_pidfd", "_output", "_notify", "_lender"),
-        *("_log_trouble", "_ours", "_parked", "_unnoted", "_ended_before_gate", "entry"),
+        *("_ours", "_parked", "_unnoted", "_ended_before_gate", "entry"),
     )
 
     def __init__(self, around: Surroundings, tell: Callable[[Container, Ended | LogTrouble | None], None]) -> None:
@@ -50,7 +50,6 @@ class Container:
         self._pidfd = -1
         self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
-        self._log_trouble = 0
         self._ours = self._parked = self._ended_before_gate = False
         self._lender: int | None = None
         self._unnoted: Timer | None = None
@@ -72,7 +71,8 @@ class Container:
 
     def told(self) -> Life:
         """The life as it is told to who asks what there is."""
-        return msgspec.structs.replace(self.life, starting=self.starting or self._unexecuted)
+        starting = self.starting or self._unexecuted
+        return msgspec.structs.replace(self.life, starting=starting, log_trouble=self._log_trouble)
 
     @property
     def _unexecuted(self) -> bool:
@@ -157,7 +157,7 @@ class Container:
         self._ours, self._parked = True, child.parked
         self._pidfd, self._tie = child.pidfd, child.tie
         self.entry = self._entry(order, child, groups)
-        self._output = self._copier(child.output)
+        self._output = self._copier(child.output, 0)
         self._open_gate(child.tie)
         self._watch()
         if child.lender is not None:
@@ -200,8 +200,8 @@ class Container:
         if self._tie is None:
             return
         said = self._listen_to(self._tie)
-        if trouble := init.trouble_in(said):
-            self._log_trouble = trouble
+        if (trouble := init.trouble_in(said)) and self._output is not None:
+            self._output.miss(trouble)
             return
         self._cut_tie()
         if self._problem is not None:
@@ -211,10 +211,9 @@ class Container:
         elif said is None or self._ended_before_gate or not pidfd.has_executed(self.life.pid):
             self._problem = errors.Problem("the first process was killed before it could execute the command")
         else:
-            life = self.life
+            life = msgspec.structs.replace(self.life, start_time=_ticks())
+            self.entry = msgspec.structs.replace(self.entry, life=life)
             self._say(Started(life.id, life.attempt, life.pid, life.start_time, self._log_trouble))
-            if self._log_trouble and self._output is not None:
-                self._output.miss(self._log_trouble)
 
     @staticmethod
     def _listen_to(tie: socket.socket) -> bytes | None:
@@ -269,7 +268,8 @@ class Container:
         if not entry.life.running:
             self._around.groups.remove(entry.groups)
             return
-        self.entry = msgspec.structs.replace(entry, life=msgspec.structs.replace(entry.life, starting=self._waits()))
+        life = msgspec.structs.replace(entry.life, start_time=_ticks(), starting=self._waits())
+        self.entry = msgspec.structs.replace(entry, life=life)
         found = self._around.keep.parked(entry.name)
         self._parked = found is not None
         if found is None:
@@ -293,7 +293,7 @@ class Container:
             end = output.reopen(self._around.directory, self.entry.name)
         except FileNotFoundError:
             end = output.make(self._around.directory, self.entry.name, output.EXECUTED)
-        self._output = self._copier(end)
+        self._output = self._copier(end, None)
         if self.entry.groups:
             self._notify = self._around.keep.listen(self.entry.name)
 
@@ -319,9 +319,14 @@ class Container:
             if group != "/":
                 cgroup.thaw(self._around.freezer, group.lstrip("/"))
 
-    def _copier(self, end: int) -> output.Copier:
+    def _copier(self, end: int, trouble: int | None) -> output.Copier:
         who = f"container({self.life.id})"
-        return output.Copier(end, self._around.logs, self.entry.logfile, who, self._on_log_trouble)
+        return output.Copier(end, self._around.logs, self.entry.logfile, who, self._on_log_trouble, trouble)
+
+    @property
+    def _log_trouble(self) -> int:
+        """The errno for which its log does not take what it prints; 0 when that is not known of it."""
+        return 0 if self._output is None else self._output.trouble
 
     def _on_log_trouble(self, trouble: int) -> None:
         self._tell(self, LogTrouble(self.life.id, self.life.attempt, trouble))

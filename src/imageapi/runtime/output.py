@@ -110,18 +110,32 @@ class Copier:
 
     What the log does not take is lost, since a full disk must not stop the container: the log tells of it, as `who`,
     once it takes something again. `on_trouble` is called with the errno when that begins, and with 0 when it is over.
+    `trouble` is what was told last; None when nobody knows that any more, so that the first copy tells in any case.
     """
 
     __slots__ = ("_logfile", "_lost", "_on_trouble", "_place", "_trouble", "_who", "end")
 
-    def __init__(self, end: int, place: Place, logfile: str, who: str, on_trouble: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        end: int,
+        place: Place,
+        logfile: str,
+        who: str,
+        on_trouble: Callable[[int], None],
+        trouble: int | None,
+    ) -> None:
         self.end = end
         self._place = place
         self._logfile = logfile
         self._who = who
         self._on_trouble = on_trouble
-        self._trouble = 0
+        self._trouble = trouble
         self._lost = 0
+
+    @property
+    def trouble(self) -> int:
+        """The errno for which the log does not take what is printed, as far as is known by now; else 0."""
+        return self._trouble or 0
 
     def miss(self, trouble: int) -> None:
         """The log has not taken something already, for this errno."""
@@ -167,7 +181,7 @@ class Copier:
 
     def _told_loss(self) -> bytes:
         """What the log must say first."""
-        why = os.strerror(self._trouble)
+        why = os.strerror(self.trouble)
         return logs.lines(self._who, [f"{self._lost} bytes that it printed here are lost: {why}"])
 
     def _say(self, trouble: int) -> None:

@@ -110,10 +110,11 @@ class Quit(Message, frozen=True):
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
-    """One start of a container. `start_time` is when it was made, in clock ticks since the boot: its process, which
-    waited for it, may be older. `exit_code` is 0 to 255 or 128 + signal; None while it runs, or when nobody knows.
-    `finished_at` is RFC 3339 in UTC. `starting`, of a list: it has not executed its command, and may fail to; or its
-    supervisor died before, and it has ended without."""
+    """One start of a container. `start_time` is when its command had been executed, in clock ticks since the boot, or
+    when another supervisor found that it had: its process is older, and is not known by that. `exit_code` is 0 to 255
+    or 128 + signal; None while it runs, or when nobody knows. `finished_at` is RFC 3339 in UTC. Of a list: `starting`,
+    when it has not executed its command, and may fail to, or its supervisor died before, and it has ended without; and
+    `log_trouble`, as far as it is known by now, as in Started."""
 
     id: int
     attempt: int
@@ -123,6 +124,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
     finished_at: str | None = None
     starting: bool = False
+    log_trouble: int = 0
 
 
 class Welcome(Message, frozen=True):
