@@ -28,6 +28,8 @@ from imageapi.runtime.surroundings import Surroundings
 
 NOTE_AGAIN = 0.5
 """Seconds until an end that could not be written is tried again."""
+NOTES = 16
+"""How many messages of systemd's are taken in one turn."""
 OPEN_GATE = b"\n"
 
 
@@ -332,11 +334,12 @@ class Container:
         self._tell(self, LogTrouble(self.life.id, self.life.attempt, trouble))
 
     def _on_notify(self) -> None:
-        """Take what systemd says off the socket: one that nobody reads blocks it for ever."""
+        """Take what systemd says off the socket: one that nobody reads blocks it for ever. A little in a turn, since who
+        says more than we can read is not to have all of us."""
         assert self._notify is not None
         with contextlib.suppress(BlockingIOError):
-            while self._notify.recv(4096):
-                pass
+            for _ in range(NOTES):
+                self._notify.recv(4096)
 
     # --------------------------------------------------------------------------------------------------- its end
 

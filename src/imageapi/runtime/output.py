@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import termios
 from collections.abc import Callable, Collection
 
@@ -141,26 +142,28 @@ class Copier:
         """The log has not taken something already, for this errno."""
         self._trouble = trouble
 
-    def copy(self) -> None:
-        """Move what is there, one chunk at most. splice(2) takes from the pipe what it has written and nothing else: a
-        supervisor that is killed over it neither loses nor repeats any."""
+    def copy(self) -> int:
+        """Move what is there, one chunk at most, and say how many bytes that was. splice(2) takes from the pipe what it
+        has written and nothing else: a supervisor that is killed over it neither loses nor repeats any."""
         try:
-            self._move()
+            moved = self._move()
         except BlockingIOError:
-            pass
+            return 0
         except OSError as error:
-            self._lose(error.errno or errno.EIO)
-        else:
-            self._say(0)
+            return self._lose(error.errno or errno.EIO)
+        self._say(0)
+        return moved
 
     def drain(self) -> None:
-        """Move all that is left of a container whose processes have ended."""
-        while any(fcntl.ioctl(self.end, termios.FIONREAD, bytes(4))):
-            self.copy()
+        """Move all that is left of a container whose processes have ended, and no more: somebody else may have got hold
+        of the pipe, and print for ever."""
+        left = int.from_bytes(fcntl.ioctl(self.end, termios.FIONREAD, bytes(4)), sys.byteorder)
+        while left > 0 and (moved := self.copy()):
+            left -= moved
         with contextlib.suppress(OSError):
             self._put_aside(os.stat(self._logfile, dir_fd=self._place.directory).st_size)
 
-    def _move(self) -> None:
+    def _move(self) -> int:
         """To the end of the log: nobody else writes while a container runs. Raises: BlockingIOError, when there is
         nothing; OSError of the log."""
         log = self._place.open(self._logfile)
@@ -168,16 +171,20 @@ class Copier:
             if self._lost:
                 whole.write_all(log, self._told_loss())
                 self._lost = 0
-            os.splice(self.end, log, CHUNK)
+            moved = os.splice(self.end, log, CHUNK)
             size = os.fstat(log).st_size
         finally:
             os.close(log)
         self._put_aside(size)
+        return moved
 
-    def _lose(self, trouble: int) -> None:
+    def _lose(self, trouble: int) -> int:
+        lost = 0
         with contextlib.suppress(BlockingIOError):
-            self._lost += len(os.read(self.end, CHUNK))
+            lost = len(os.read(self.end, CHUNK))
+        self._lost += lost
         self._say(trouble)
+        return lost
 
     def _told_loss(self) -> bytes:
         """What the log must say first."""
