@@ -32,6 +32,10 @@ def await_line(supervised: Supervised, text: str, container: int = 0) -> None:
     eventually(lambda: text in supervised.printed(container).splitlines(), f"the container prints {text}")
 
 
+def await_lines(supervised: Supervised, wanted: int) -> None:
+    eventually(lambda: len(supervised.printed().splitlines()) == wanted, f"the container prints {wanted} lines")
+
+
 # ---------------------------------------------------------------------------------------------------- signals
 
 
@@ -277,6 +281,34 @@ def _waiting(fifo: Path) -> int:
         return int.from_bytes(fcntl.ioctl(end, termios.FIONREAD, b"\0" * 4), sys.byteorder)
     finally:
         os.close(end)
+
+
+@pytest.mark.parametrize("silent", ["", ">/dev/null", "2>/dev/null"])
+def test_a_pipe_that_was_removed_is_found_at_who_prints_into_it(supervised: Supervised, silent: str) -> None:
+    """More than a pipe holds comes through, and nothing is twice or missing, over two deaths of a supervisor."""
+    said = "/proc/self/fd/2" if silent.startswith(">") else "/proc/self/fd/1"
+    printing = f"exec 3>{said} {silent}; trap 'seq 1 30000 >&3' USR1; echo ready >&3; while :; do sleep 0.01; done"
+    started = supervised.shell(printing)
+    await_line(supervised, "ready")
+    supervised.fifo(started).unlink()
+    for _ in range(2):
+        supervised.kill_supervisor()
+        supervised.resume()
+        wanted = 30000 + len(supervised.printed().splitlines())
+        supervised.signal(started, signal.SIGUSR1)
+        await_lines(supervised, wanted)
+    supervised.kill(started)
+    assert supervised.printed() == "ready\n" + 2 * "".join(f"{number}\n" for number in range(1, 30001))
+
+
+def test_one_that_prints_elsewhere_gets_a_new_pipe_for_one_that_was_removed(supervised: Supervised) -> None:
+    started = supervised.shell("exec >/dev/null 2>&1; while :; do sleep 0.01; done")
+    eventually(lambda: not _prints(started.pid), "the container has closed its output")
+    supervised.fifo(started).unlink()
+    supervised.kill_supervisor()
+    supervised.resume()
+    assert supervised.life(started).running
+    assert supervised.fifo(started).exists()
 
 
 def test_what_had_ended_before_the_death_is_still_known(supervised: Supervised) -> None:

@@ -291,10 +291,11 @@ class Container:
             self._parked = self._around.keep.park(self._pidfd, self.entry.name)
 
     def _reopen(self) -> None:
+        directory, name = self._around.directory, self.entry.name
         try:
-            end = output.reopen(self._around.directory, self.entry.name)
+            end = output.reopen(directory, name)
         except FileNotFoundError:
-            end = output.make(self._around.directory, self.entry.name, output.EXECUTED)
+            end = output.recover(self.life.pid, name) or output.make(directory, name, output.EXECUTED)
         self._output = self._copier(end, None)
         if self.entry.groups:
             self._notify = self._around.keep.listen(self.entry.name)
@@ -334,7 +335,7 @@ class Container:
         self._tell(self, LogTrouble(self.life.id, self.life.attempt, trouble))
 
     def _on_notify(self) -> None:
-        """Take what systemd says off the socket: one that nobody reads blocks it for ever. A little in a turn, since who
+        """Take what systemd says off the socket: one that nobody reads blocks it for ever. A little in a turn: who
         says more than we can read is not to have all of us."""
         assert self._notify is not None
         with contextlib.suppress(BlockingIOError):

@@ -52,6 +52,17 @@ def reopen(directory: int, name: str) -> int:
     return os.open(name + SUFFIX, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
 
 
+def recover(pid: int, name: str) -> int | None:
+    """Our end of a FIFO that somebody has removed, from the process that prints into it; None when that does not. It
+    cannot be given a name again (linkat(2)): so the next supervisor finds it here, too."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            path = f"/proc/{pid}/fd/{number}"
+            if os.readlink(path).endswith(f"/{name}{SUFFIX} (deleted)") and stat.S_ISFIFO(os.stat(path).st_mode):
+                return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    return None
+
+
 def attach(directory: int, name: str) -> None:
     """Have this process print into the FIFO."""
     end = os.open(name + SUFFIX, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
