@@ -12,10 +12,12 @@ import errno
 import functools
 import mmap
 import os
+import select
 import socket
 import stat
 import struct
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,9 +106,19 @@ def install(hook: _Hook) -> None:
     os.fork = hook.before(os.fork, errno.ENOMEM, errno.EAGAIN)
     os.memfd_create = hook.before(os.memfd_create, errno.EMFILE, errno.ENOMEM)
     socket.socketpair = hook.before(socket.socketpair, errno.EMFILE, errno.ENOMEM)
+    socket.send_fds = hook.before(socket.send_fds, errno.ENOMEM)
     socket.socket.accept = hook.before(socket.socket.accept, errno.EMFILE)  # type: ignore[method-assign]
     os.open = _opening(hook, os.open)
     _hook_kernel(hook)
+
+
+class _Epoll:
+    """The supervisor's epoll(7), which may have no memory to watch another descriptor."""
+
+    def __init__(self, hook: _Hook) -> None:
+        real = select.epoll()
+        self.register = hook.before(real.register, errno.ENOMEM)
+        self.unregister, self.poll, self.fileno, self.close = real.unregister, real.poll, real.fileno, real.close
 
 
 def _opening(hook: _Hook, opened: Callable[..., int]) -> Callable[..., int]:
@@ -143,6 +155,9 @@ def _hook_kernel(hook: _Hook) -> None:
 
     libc.libc.syscall = syscall  # type: ignore[attr-defined]
     from imageapi.linux import namespaces
+    from imageapi.runtime import loop
+
+    loop.select = types.SimpleNamespace(epoll=lambda: _Epoll(hook), EPOLLIN=select.EPOLLIN)  # type: ignore[attr-defined]
 
     library: Any = namespaces._pylibc
     library.syscall = hook.in_c(library.syscall, errno.EAGAIN, errno.ENOMEM)

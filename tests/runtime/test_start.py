@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imageapi.config import Site
-from imageapi.errors import Conflict, Invalid, Problem, TimedOut
+from imageapi.errors import Conflict, Exhausted, Invalid, Problem, TimedOut
 from imageapi.linux import mountinfo, pidfd
 from imageapi.runtime import layout
+from imageapi.runtime.child import Child
+from imageapi.runtime.loop import Loop
 from imageapi.runtime.protocol import Started
 from lab.supervised import PATIENCE, Supervised, eventually, mounted, overlay
 
@@ -388,6 +394,51 @@ def in_waiting(supervised: Supervised) -> int:
     child = eventually(supervised.children, "there is a child in waiting")[0]
     supervised.do(supervised.client.list())
     return child
+
+
+class Scarcity:
+    """Has a method of the supervisor's fail once it was called `after` times, from `begin` to `end`."""
+
+    def __init__(self) -> None:
+        self._us = os.getpid()
+        self._left = mmap.mmap(-1, mmap.PAGESIZE)  # it is all that the supervisor and the test have together
+
+    def begin(self, after: int) -> None:
+        self._left[0] = after + 1
+
+    def end(self) -> None:
+        self._left[0] = 0
+
+    def before(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            if os.getpid() != self._us and self._left[0] == 1:
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            self._left[0] -= self._left[0] > 0
+            return method(*arguments)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("systemd", [False, True])
+@pytest.mark.parametrize(("of", "name", "steps"), [(Child, "order", 1), (Loop, "watch", 3)], ids=["order", "watch"])
+def test_a_start_for_which_there_is_no_memory_leaves_nothing(
+    site: Site, root: Path, monkeypatch: pytest.MonkeyPatch, of: type, name: str, steps: int, *, systemd: bool
+) -> None:
+    """Neither of the child in waiting nor of a new one; and the next start succeeds."""
+    scarce = Scarcity()
+    monkeypatch.setattr(of, name, scarce.before(getattr(of, name)))
+    with contextlib.closing(Supervised(site, root)) as running:
+        running.kill(running.start("/bin/sleep", "1000", systemd=systemd))
+        descriptors = descriptors_at_rest(running)
+        for step in range(steps):
+            scarce.begin(step)
+            with pytest.raises(Exhausted):
+                running.start("/bin/sleep", "1000", container=1, systemd=systemd)
+            scarce.end()
+            assert [life.id for life in running.do(running.client.list())] == [0]
+            running.kill(running.start("/bin/sleep", "1000", systemd=systemd))
+        eventually(lambda: descriptors_at_rest(running) <= descriptors, "there are no more descriptors than before")
+        assert running.kept() == {"0.json"}
 
 
 def test_one_that_is_killed_before_its_exec_was_not_started(supervised: Supervised) -> None:

@@ -31,6 +31,8 @@ NOTE_AGAIN = 0.5
 NOTES = 16
 """How many messages of systemd's are taken in one turn."""
 OPEN_GATE = b"\n"
+FAILED_BY_ITSELF = (BrokenPipeError,)
+"""What one meets who orders a child that was just born and has failed; it has said why, which is read as ever."""
 
 
 class Container:
@@ -96,38 +98,33 @@ class Container:
         self._answer = answer
         orders = init.Orders(order, self._around.uuid(order.id))
         if order.systemd:
-            child, groups = self._bear_systemd(order, orders, place)
-        else:
-            child, groups = self._order_spare(spare, orders, place) or self._order_new(orders, place), []
-        self._begin(order, child, groups)
+            self._bear_systemd(orders, place)
+        elif spare is None or not self._order_spare(spare, orders, place):
+            self._order(self._around.nursery.bear(), orders, place, forgiven=FAILED_BY_ITSELF)
+        self._begin(order)
 
-    def _order_spare(self, spare: Child | None, orders: init.Orders, place: Sequence[int]) -> Child | None:
-        """The spare, if there is one and it lives."""
-        if spare is None:
-            return None
+    def _order_spare(self, spare: Child, orders: init.Orders, place: Sequence[int]) -> bool:
+        """Whether it has its orders now; if not, it is gone."""
         try:
-            spare.order(orders, place)
+            self._order(spare, orders, place)
         except OSError:
-            self._around.loop.unwatch(spare.pidfd)
-            self._around.nursery.dismiss(spare)
-            return None
-        return spare
+            return False
+        return True
 
-    def _order_new(self, orders: init.Orders, place: Sequence[int]) -> Child:
-        return _ordered(self._around.nursery.bear(), orders, *place)
-
-    def _bear_systemd(self, order: Start, orders: init.Orders, place: Sequence[int]) -> tuple[Child, list[str]]:
-        """A child of its own cgroups, with their directories."""
-        groups, name = self._around.groups, name_of(f"{order.mark}-{order.attempt}")
+    def _bear_systemd(self, orders: init.Orders, place: Sequence[int]) -> None:
+        """Order a child of its own cgroups."""
+        groups, name = self._around.groups, name_of(f"{orders.start.mark}-{orders.start.attempt}")
         with contextlib.ExitStack() as passing, contextlib.ExitStack() as undo:
             undo.callback(groups.remove, groups.paths(name))
             born_in = groups.make_birthplace(name)
             passing.callback(os.close, born_in)
             child = self._around.nursery.bear(name, born_in)
-            undo.callback(self._around.nursery.dismiss, child)
-            _ordered(child, orders, *place, self._open_host(child.name, passing, undo))
+            with contextlib.ExitStack() as alone:
+                alone.callback(self._around.nursery.dismiss, child)
+                place = (*place, self._open_host(child.name, passing, undo))
+                alone.pop_all()
+            self._order(child, orders, place, groups.paths(name), forgiven=FAILED_BY_ITSELF)
             undo.pop_all()
-        return child, groups.paths(name)
 
     def _open_host(self, name: str, passing: contextlib.ExitStack, undo: contextlib.ExitStack) -> int:
         """The directory that systemd gets to notify us, as a tree."""
@@ -154,19 +151,46 @@ class Container:
             groups=groups,
         )
 
-    def _begin(self, order: Start, child: Child, groups: list[str]) -> None:
-        """A child has its orders: put it on disk, open its gate, and watch it."""
-        self._ours, self._parked = True, child.parked
-        self._pidfd, self._tie = child.pidfd, child.tie
-        self.entry = self._entry(order, child, groups)
+    def _order(
+        self,
+        child: Child,
+        orders: init.Orders,
+        place: Sequence[int],
+        groups: Sequence[str] = (),
+        forgiven: Sequence[type[OSError]] = (),
+    ) -> None:
+        """Watch a child, and then give it its orders: once it has them it may wait for storage, and who ends it waits
+        as well.
+
+        Raises: OSError, and then it is gone.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._dismiss, child)
+            self._take(child, self._entry(orders.start, child, list(groups)))
+            with contextlib.suppress(*forgiven):
+                child.order(orders, place)
+            undo.pop_all()
+
+    def _take(self, child: Child, entry: Entry) -> None:
+        self._ours, self._parked, self.entry = True, child.parked, entry
+        self._pidfd, self._tie, self._lender = child.pidfd, child.tie, child.lender
         self._output = self._copier(child.output, 0)
-        self._open_gate(child.tie)
         self._watch()
+        self._around.loop.watch(child.tie.fileno(), self._on_tie)
         if child.lender is not None:
-            self._watch_lender(child.lender)
-        if self._tie is not None:
-            self._around.loop.watch(self._tie.fileno(), self._on_tie)
-            self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
+            self._around.loop.watch(child.lender, self.end_lender)
+
+    def _dismiss(self, child: Child) -> None:
+        """Have nothing of a child that has no orders."""
+        self._unwatch()
+        self._pidfd, self._tie, self._lender, self._output = -1, None, None, None
+        self._around.nursery.dismiss(child)
+
+    def _begin(self, order: Start) -> None:
+        """The child has its orders: put it on disk, and open its gate."""
+        assert self._tie is not None
+        self._deadline = self._around.loop.after(order.timeout, lambda: self._give_up(order))
+        self._open_gate(self._tie)
 
     def _open_gate(self, tie: socket.socket) -> None:
         try:
@@ -176,11 +200,8 @@ class Container:
             self._ended_before_gate = True  # it has failed by itself, and said why, or was killed
         except OSError as error:
             self._fail(errors.from_oserror(error, "noting the container's process"))
-
-    def _watch_lender(self, lent_by: int) -> None:
-        """It ends by itself when the child has executed, or has ended."""
-        self._lender = lent_by
-        self._around.loop.watch(lent_by, self.end_lender)
+        except MemoryError:
+            self._fail(errors.no_memory("noting the container's process"))
 
     def end_lender(self) -> None:
         """Have no process but the container's own."""
@@ -196,6 +217,14 @@ class Container:
             loop.watch(self._output.end, self._output.copy)
         if self._notify is not None:
             loop.watch(self._notify.fileno(), self._on_notify)
+
+    def _unwatch(self) -> None:
+        """Watch nothing of what was watched of a child."""
+        ends = {self._pidfd, -1 if self._lender is None else self._lender}
+        ends |= {channel.fileno() for channel in (self._tie, self._notify) if channel is not None}
+        ends |= set() if self._output is None else {self._output.end}
+        for descriptor in ends:
+            self._around.loop.unwatch(descriptor)
 
     def _on_tie(self) -> None:
         """The child has executed, which closes its end, or says why it has not."""
@@ -436,13 +465,6 @@ class Container:
         if self.entry.groups:
             around.keep.drop_host(self.entry.name)
             around.groups.remove(self.entry.groups)
-
-
-def _ordered(child: Child, orders: init.Orders, *descriptors: int) -> Child:
-    """A child that was just born, with its orders. One that has failed by then has said why, which is read as ever."""
-    with contextlib.suppress(BrokenPipeError):
-        child.order(orders, descriptors)
-    return child
 
 
 def _open_same(entry: Entry) -> int | None:
