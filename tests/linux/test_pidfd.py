@@ -48,6 +48,25 @@ def test_the_number_of_a_thread_is_no_process() -> None:
         thread.join()
 
 
+LEADERLESS = """
+import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).syscall({"x86_64": 60}.get(os.uname().machine, 93), 0)
+"""
+"""Ends its first thread by exit(2), and goes on with another."""
+
+
+def test_a_process_whose_first_thread_has_ended_lives() -> None:
+    process = subprocess.Popen([sys.executable, "-c", LEADERLESS])
+    try:
+        eventually(lambda: (found := pidfd.look(process.pid)) and found.state == "Z", "the first thread ends")
+        assert pidfd.start_time(process.pid) is not None
+    finally:
+        process.kill()
+        process.wait()
+    assert pidfd.start_time(process.pid) is None
+
+
 def test_a_zombie_has_no_start_time(sleeper: subprocess.Popen[bytes]) -> None:
     assert pidfd.start_time(sleeper.pid) is not None
     descriptor = pidfd.pidfd_open(sleeper.pid)

@@ -36,7 +36,7 @@ def test_quotes_count_and_nothing_is_expanded(text: str, words: list[str]) -> No
     assert command.split(text) == words
 
 
-@pytest.mark.parametrize("text", ["", "   ", "''", "/bin/sh 'open", '/bin/sh "open', "/bin/sh \\", "/bin/echo a\0b"])
+@pytest.mark.parametrize("text", ["", "   ", "''", "/bin/sh 'open", '/bin/sh "open', "/bin/sh \\"])
 def test_what_is_no_command_is_refused_at_its_place(text: str) -> None:
     with pytest.raises(Invalid) as refused:
         command.split(text)

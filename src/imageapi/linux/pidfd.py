@@ -59,18 +59,19 @@ PF_FORKNOEXEC = 0x40
 
 
 class Stat(NamedTuple):
-    """A process as /proc shows it: its state, one letter; the kernel's flags for it; when it began, in clock ticks
-    since the boot; and its wait status, if it has ended."""
+    """A process as /proc shows it: its first thread's state, one letter; the kernel's flags for it; how many threads it
+    has; when it began, in clock ticks since the boot; and its wait status, if it has ended."""
 
     state: str
     flags: int
+    threads: int
     began: int
     status: int
 
     @property
     def ended(self) -> bool:
-        """Whether it has; nobody may have reaped it yet (a zombie)."""
-        return self.state in "ZX"
+        """Whether it has; nobody may have reaped it yet (a zombie). One whose first thread alone has ended goes on."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 def look(pid: int) -> Stat | None:
@@ -81,7 +82,7 @@ def look(pid: int) -> Stat | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = line[line.rindex(b")") + 2 :].split()  # the name before it may hold anything
-    return Stat(fields[0].decode(), int(fields[6]), int(fields[19]), int(fields[49]))
+    return Stat(fields[0].decode(), int(fields[6]), int(fields[17]), int(fields[19]), int(fields[49]))
 
 
 def has_executed(pid: int) -> bool:
