@@ -157,7 +157,7 @@ def _hook_kernel(hook: _Hook) -> None:
     from imageapi.linux import namespaces
     from imageapi.runtime import loop
 
-    loop.select = types.SimpleNamespace(epoll=lambda: _Epoll(hook), EPOLLIN=select.EPOLLIN)  # type: ignore[attr-defined]
+    loop.select = types.SimpleNamespace(epoll=lambda: _Epoll(hook), EPOLLIN=select.EPOLLIN)  # type: ignore[assignment,attr-defined]
 
     library: Any = namespaces._pylibc
     library.syscall = hook.in_c(library.syscall, errno.EAGAIN, errno.ENOMEM)

@@ -115,12 +115,12 @@ def explain(root: int, argv: list[str], error: OSError) -> Problem:
     name = errno.errorcode.get(error.errno or 0, "")
     if error.errno in (errno.ENOMEM, errno.EAGAIN):
         return Exhausted(f"executing {argv[0]}: the host has no memory left", errno=name)
-    if reason := _reason(argv[0], error):
-        return _invalid(f"{reason} ({name})", errno=name)
+    if fault := _fault(argv[0], error):
+        return _invalid(f"{fault} ({name})", errno=name)
     return from_oserror(error, f"executing {argv[0]}")
 
 
-def _reason(program: str, error: OSError) -> str | None:
+def _fault(program: str, error: OSError) -> str | None:
     """What is wrong with the command itself, for which the kernel refuses it; None when it is something else."""
     if error.errno == errno.E2BIG:
         return f"the command is too long for the kernel: {error.strerror}"
