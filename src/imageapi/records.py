@@ -35,7 +35,6 @@ class Phase(StrEnum):
     ACQUIRING = "acquiring"
     LIVE = "live"
     RELEASING = "releasing"
-    STUCK = "stuck"
 
 
 class Helper(NamedTuple):

@@ -102,7 +102,7 @@ class Supervisor:
         self.lost = False
         self._failures = failures
         containers: Any = engine._containers
-        containers._supervisor = containers._stopper._supervisor = self
+        containers._supervisor = containers._stopper._supervisor = containers._starts._supervisor = self
 
     async def start(self, order: Start, directory: str) -> Started:
         self._call("start", order.id, order.attempt)

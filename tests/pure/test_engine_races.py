@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from imageapi.engine import containers
+from imageapi.engine import containers, starts
 from imageapi.engine.engine import Engine
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut
 from imageapi.records import Key, Phase
@@ -341,6 +341,7 @@ async def until(condition: Callable[[], Any]) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor is asked again at once."""
     monkeypatch.setattr(containers, "ASK_AGAIN", 0.001)
+    monkeypatch.setattr(starts, "ASK_AGAIN", 0.001)
 
 
 def test_a_start_that_meets_a_delete_is_refused(tmp_path: Path) -> None:
@@ -410,7 +411,7 @@ def test_a_start_that_was_given_up_is_ended_when_it_comes(tmp_path: Path, impati
 
 def test_an_id_is_free_when_its_start_has_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something may come of a start that was given up: until that has ended its container stays, and is told of."""
-    monkeypatch.setattr(containers, "ASK_AGAIN", 0.05)
+    monkeypatch.setattr(starts, "ASK_AGAIN", 0.05)
 
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         supervisor = Supervisor(engine, 1)

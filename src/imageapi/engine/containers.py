@@ -9,46 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Coroutine, Sequence
-from datetime import UTC, datetime
-from typing import Any, TypeVar
 
 import msgspec
 
 from imageapi.config import Config
 from imageapi.drivers.base import driver
-from imageapi.engine import endings
-from imageapi.engine.graph import Picture, describe, standing
+from imageapi.engine import endings, journal
+from imageapi.engine.graph import Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
+from imageapi.engine.lives import now, run_of
 from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, Pool
+from imageapi.engine.starts import ASK_AGAIN, CREATED, Starts
 from imageapi.engine.stopping import Stopper
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, NotFound, Problem, TimedOut
-from imageapi.records import AnyRecord, Facts, Key, Phase, Run
-from imageapi.runtime import command, logs
+from imageapi.records import AnyRecord, Key, Phase, Run
 from imageapi.runtime.client import Supervisor
-from imageapi.runtime.protocol import Ended, Life, LogTrouble, Start, Started
+from imageapi.runtime.protocol import Ended, Life, LogTrouble
 from imageapi.spec import Overlay, Tmpfs
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-CREATED, STARTING = "container created", "starting container"
 CUT_OFF = "the start was cut off by the end of the server, and is undone"
 """What the log of a container says of it."""
-START_TIMEOUT = 20.0
-"""Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
-ASK_AGAIN = 1.0
-"""Seconds until a supervisor that could not do what it was asked for is asked again."""
-
-
-def now() -> str:
-    """The time as the API writes it: RFC 3339, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Containers:
@@ -62,13 +48,11 @@ class Containers:
         self._mender = mender
         self._stop_timeout = config.stop_timeout
         self._operation_timeout = config.operation_timeout
-        self._starting: dict[Key, asyncio.Task[Any]] = {}
-        self._early: dict[Key, Ended] = {}
         self._ends: dict[Key, asyncio.Event] = {}
-        self._late: set[tuple[int, int]] = set()
         self._supervisor = Supervisor(
             ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended, on_log=self._on_log
         )
+        self._starts = Starts(ledger, tasks, mender, self._supervisor, config, self._begin_to_finish)
         self._stopper = Stopper(self._supervisor, config.stop_timeout)
 
     async def connect(self) -> None:
@@ -78,7 +62,7 @@ class Containers:
         for key, life in ((key, life) for key, life in lives.items() if key not in self._graph.aside):
             record = self._graph.find(key)
             if life.starting:
-                self._give_up_start(life.id, life.attempt)
+                self._starts.give_up(life.id, life.attempt)
             elif record is None or not self._adopt(record, life):
                 dismissed.append(self._tasks.linger(self._dismiss(life)))
         for record in self._graph.all("container"):
@@ -106,7 +90,9 @@ class Containers:
 
     def active(self, record: AnyRecord) -> bool:
         """Whether the container has, or is about to have, a process."""
-        return record.key in self._starting or (record.run is not None and record.run.state in ("running", "stopping"))
+        if self._starts.under_way(record.key):
+            return True
+        return record.run is not None and record.run.state in ("running", "stopping")
 
     def check_deletable(self, record: AnyRecord, *, force: bool) -> None:
         """Refuse to delete a container that runs.
@@ -115,8 +101,8 @@ class Containers:
         """
         if self.active(record) and not force:
             raise Conflict(
-                f"{describe(record)} is {_run(record).state}; ask for its state 'exited' and wait for it, or delete it "
-                f"with force=true"
+                f"{describe(record)} is {run_of(record).state}; ask for its state 'exited' and wait for it, or delete "
+                f"it with force=true"
             )
 
     # --------------------------------------------------------------------------------------------------- verbs
@@ -129,14 +115,14 @@ class Containers:
 
     def make(self, record: AnyRecord) -> None:
         """The container exists: it has its log file, whose first line says so."""
-        self._log(record, CREATED)
+        journal.say(record, CREATED)
 
     async def start_new(self, record: AnyRecord) -> None:
         """Run the command of a container that is just being made.
 
         Raises: errors.Problem.
         """
-        await self._begin(record, self._start(record, _run(record), (CREATED, STARTING)))
+        await self._starts.first(record)
 
     async def start(self, record: AnyRecord) -> Picture:
         """Run the container's command; the container as it was when that had been executed, whatever has been asked of
@@ -145,13 +131,14 @@ class Containers:
         Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping or being deleted.
         """
         self._check_kept(record)
-        if (starting := self._starting.get(record.key)) is None:
-            state = _run(record).state
+        if (starting := self._starts.under_way(record.key)) is None:
+            state = run_of(record).state
             if state == "running":
                 return self._graph.still(record.key)
             if state == "stopping":
                 raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
-            return await self._begin(record, self._start_again(record))
+            self._ends.pop(record.key, None)
+            return await self._starts.again(record)
         shared: Picture = await asyncio.shield(starting)
         return shared
 
@@ -162,10 +149,10 @@ class Containers:
         Raises: errors.Conflict, while it is being deleted.
         """
         self._check_kept(record)
-        if (starting := self._starting.get(record.key)) is not None:
+        if (starting := self._starts.under_way(record.key)) is not None:
             await asyncio.wait({starting})
             self._check_kept(record)
-        run = _run(record)
+        run = run_of(record)
         if run.state == "running":
             run.state, run.stop_requested = "stopping", True
             self._ledger.note(record)
@@ -176,7 +163,7 @@ class Containers:
         """Stop a container because its host is going down, and wait until it has ended, or the time for that is over:
         then its release kills it."""
         if self.active(record):
-            self._log(record, "stopping container: the host is going down")
+            journal.say(record, "stopping container: the host is going down")
             with contextlib.suppress(Problem):
                 await self.stop(record)
         if self.active(record):
@@ -211,38 +198,25 @@ class Containers:
         """
         if record.run is not None and self.active(record):
             await self._kill(record)
-        if record.run is not None and (record.id, record.run.attempt) in self._late:
+        if self._starts.is_late(record):
             raise TimedOut("its start was given up, and what came of it has not ended yet; it is undone when it has")
 
     async def forget(self, record: AnyRecord, *, erase: bool) -> None:
         """What is kept of a container that is gone goes: its end at the supervisor. Its log gets its last line;
         `erase`: it goes, too, since nobody was ever told of it."""
         self._ends.pop(record.key, None)
-        run = _run(record)
+        run = run_of(record)
         if erase:
-            self._erase_log(run.logfile)
+            journal.erase(record)
         else:
-            self._log(record, "container deleted")
-        if run.attempt and not await self._forgotten(record.id, run.attempt):
-            self._tasks.linger(self._forget_later(record.id, run.attempt))
-
-    async def _forgotten(self, container: int, attempt: int) -> bool:
-        """Whether the supervisor has dropped what it keeps of an end."""
-        try:
-            await self._supervisor.forget(container, attempt)
-        except Problem as problem:
-            log.warning("the end of container %d is still kept: %s", container, problem.message)
-            return False
-        return True
-
-    async def _forget_later(self, container: int, attempt: int) -> None:
-        while not await self._forgotten(container, attempt):
-            await asyncio.sleep(ASK_AGAIN)
+            journal.say(record, journal.DELETED)
+        if run.attempt and not await self._starts.forgotten(record.id, run.attempt):
+            self._tasks.linger(self._starts.forget_later(record.id, run.attempt))
 
     async def _kill(self, record: AnyRecord) -> None:
-        if (starting := self._starting.get(record.key)) is not None:
+        if (starting := self._starts.under_way(record.key)) is not None:
             await asyncio.wait({starting})
-        run, end = _run(record), self._end_of(record)
+        run, end = run_of(record), self._end_of(record)
         if run.state not in ("running", "stopping"):
             return
         run.stop_requested = True
@@ -265,153 +239,36 @@ class Containers:
         run = record.run
         if run is not None and run.before is not None:
             record.run = msgspec.structs.replace(run.before, attempt=run.attempt)
-            self._log(record, CUT_OFF)
+            journal.say(record, CUT_OFF)
             self._ledger.note(record)
-
-    async def _begin(self, record: AnyRecord, start: Coroutine[Any, Any, T]) -> T:
-        """Have a start done, whether its caller waits for it or not."""
-        starting = self._starting[record.key] = self._tasks.spawn(start)
-        return await asyncio.shield(starting)
-
-    async def _start_again(self, record: AnyRecord) -> Picture:
-        """A new start, with the next number; the last one's end is forgotten, also when nothing takes its place. The
-        container as it has begun."""
-        old = _run(record)
-        run = record.run = Run(created_at=old.created_at, logfile=old.logfile, attempt=old.attempt + 1, before=old)
-        self._ends.pop(record.key, None)
-        try:
-            await self._start(record, run, (STARTING,))
-        except Problem:
-            if old.attempt:
-                self._tasks.linger(self._forget_later(record.id, old.attempt))
-            raise
-        return self._graph.still(record.key)
-
-    async def _start(self, record: AnyRecord, run: Run, told: Sequence[str]) -> None:
-        """Do a start; the container's log is told so many things first."""
-        try:
-            if self._graph.is_shown(record.key):  # else its number is on disk since it was claimed
-                self._ledger.change(record)
-            started = await self._execute(record, run, told)
-        except Problem as problem:
-            run.state, run.finished_at, run.before = "dead", now(), None
-            self._ledger.note(record, problem=f"it could not be started: {problem.message}")
-            if isinstance(problem, TimedOut):
-                self._give_up_start(record.id, run.attempt)
-            raise
-        else:
-            run.state, run.pid, run.start_time, run.started_at = "running", started.pid, started.start_time, now()
-            run.before = None
-            record.problem = endings.log_problem(run, started.log_trouble)
-            if self._graph.is_shown(record.key):  # else it is written with its create's success
-                self._ledger.note(record)
-        finally:
-            del self._starting[record.key]
-            if (ended := self._early.pop(record.key, None)) and ended.attempt == run.attempt:
-                self._tasks.spawn(self._finish(record, ended.exit_code, ended.finished_at))
-
-    def _give_up_start(self, container: int, attempt: int) -> None:
-        """A start that nobody waits for any more is undone; until then its container is not deleted."""
-        self._late.add((container, attempt))
-        self._tasks.spawn(self._abandon(container, attempt))
-
-    async def _abandon(self, container: int, attempt: int) -> None:
-        """End what may still come of a start: a supervisor that hung does it late."""
-        while True:
-            record = self._graph.find(Key("container", container))
-            try:
-                with self._mender.relieving(*filter(None, [record])):
-                    await self._supervisor.undo(container, attempt, self._operation_timeout)
-                break
-            except Problem as problem:
-                log.warning("start %d of container %d is not ended yet: %s", attempt, container, problem.message)
-                await asyncio.sleep(ASK_AGAIN)
-        self._late.discard((container, attempt))
-
-    async def _execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
-        """Have the supervisor execute the command. When it was not, and a storage helper has ended, that is mended and
-        it is tried again, once; a create is begun anew as a whole.
-
-        Raises: errors.Problem, when it was not executed.
-        """
-        try:
-            return await self._ask_to_execute(record, run, told)
-        except Problem as problem:
-            late = isinstance(problem, TimedOut)
-            if late or not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
-                raise self._explained(record, problem) from problem
-        run.attempt += 1  # the end of what came of the first try may still be told, and is not this one's
-        try:
-            self._ledger.change(record)
-            return await self._ask_to_execute(record, run, (STARTING,))
-        except Problem as problem:
-            raise self._explained(record, problem) from problem
-
-    def _explained(self, record: AnyRecord, problem: Problem) -> Problem:
-        """A failure, with what is wrong below the container, which it may come of."""
-        wrong = (f"{describe(one)}: {one.problem}" for one in self._graph.below(record.key) if one.problem)
-        if (reason := next(wrong, None)) is None or isinstance(problem, Conflict):
-            return problem
-        return type(problem)(f"{problem.message}; {reason}", **problem.fields)
-
-    async def _ask_to_execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
-        facts = self._mount_of(record).facts
-        assert facts.mountpoint is not None, "it is mounted"
-        return await self._supervisor.start(self._order(record, run, facts, told), os.path.dirname(facts.mountpoint))
-
-    def _mount_of(self, record: AnyRecord) -> AnyRecord:
-        """What the container runs on.
-
-        Raises: errors.Conflict, when it does not stand any more.
-        """
-        key = record.edges()[0]
-        mount = self._graph.find(key)
-        if mount is None:
-            raise Conflict(f"{key}, which {describe(record)} runs on, is gone; delete the container, and make it again")
-        if not standing(mount):
-            raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
-        return mount
-
-    def _order(self, record: AnyRecord, run: Run, mounted: Facts, told: Sequence[str]) -> Start:
-        return Start(
-            id=record.id,
-            attempt=run.attempt,
-            root=os.path.basename(mounted.mountpoint or ""),
-            cleared=mounted.detail.get("staging", 0),
-            argv=command.split(record.spec.command),
-            told=list(told),
-            timeout=min(START_TIMEOUT, self._operation_timeout),
-            systemd=record.spec.systemd,
-            logfile=os.path.basename(run.logfile),
-            mark=self._ledger.site.mark(record.key),
-        )
 
     # --------------------------------------------------------------------------------------------------- an end
 
     def _on_ended(self, ended: Ended) -> None:
-        """The supervisor says that a first process has ended. It may say so before `_start` knows that it began."""
+        """The supervisor says that a first process has ended. It may say so before we know that it began."""
         record = self._graph.find(Key("container", ended.id))
-        if record is None or _run(record).attempt != ended.attempt:
+        if record is None or run_of(record).attempt != ended.attempt:
             return
-        if record.key in self._starting:
-            self._early[record.key] = ended
-        else:
-            self._tasks.spawn(self._finish(record, ended.exit_code, ended.finished_at))
+        if not self._starts.hear(record, ended):
+            self._begin_to_finish(record, ended)
+
+    def _begin_to_finish(self, record: AnyRecord, ended: Ended) -> None:
+        self._tasks.spawn(self._finish(record, ended.exit_code, ended.finished_at))
 
     def _on_log(self, news: LogTrouble) -> None:
         """The supervisor says that a log does not take what its container prints, or does so again."""
         record = self._graph.find(Key("container", news.id))
         if (
             record is not None
-            and _run(record).attempt == news.attempt
-            and _run(record).state in ("running", "stopping")
+            and run_of(record).attempt == news.attempt
+            and run_of(record).state in ("running", "stopping")
         ):
-            self._ledger.note(record, problem=endings.log_problem(_run(record), news.errno))
+            self._ledger.note(record, problem=endings.log_problem(run_of(record), news.errno))
 
     async def _finish(self, record: AnyRecord, exit_code: int | None, at: str | None = None) -> None:
         """The container has ended, `at` a time that the supervisor knows: its file systems are synced, then its state
         says so. The end of a start that was given up says nothing new."""
-        run = _run(record)
+        run = run_of(record)
         if run.state not in ("running", "stopping"):
             return
         problem = await self._sync(record)
@@ -472,28 +329,8 @@ class Containers:
             await self._supervisor.undo(life.id, life.attempt, self._operation_timeout)
         except Problem as problem:
             log.error("process %d belongs to no container, and does not end: %s", life.pid, problem.message)
-            await self._forget_later(life.id, life.attempt)
+            await self._starts.forget_later(life.id, life.attempt)
 
     def _end_of(self, record: AnyRecord) -> asyncio.Event:
         """What is set when the container's present run has ended."""
         return self._ends.setdefault(record.key, asyncio.Event())
-
-    @staticmethod
-    def _erase_log(logfile: str) -> None:
-        try:
-            logs.remove(logfile)
-        except OSError as error:
-            log.error("a log that nobody knows of is left: %s", error)
-
-    def _log(self, record: AnyRecord, text: str) -> None:
-        try:
-            logs.append(_run(record).logfile, f"container({record.id})", text)
-        except OSError as error:
-            log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
-
-
-def _run(record: AnyRecord) -> Run:
-    """The container's life; it has one as soon as it is made."""
-    if record.run is None:
-        raise ValueError(f"{record.key} has not been made yet")
-    return record.run

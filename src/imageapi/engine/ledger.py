@@ -1,6 +1,6 @@
 """The graph and its files, changed together: the one place where a record changes.
 
-Whoever waits for an object to come to rest (to live, to be gone, or to be stuck) waits here.
+Whoever waits for an object to come to rest (to live, to be gone, or to wait for the kernel) waits here.
 """
 
 from __future__ import annotations

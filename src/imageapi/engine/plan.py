@@ -137,7 +137,7 @@ class _Planner:
 
     @staticmethod
     def _check_standing(record: AnyRecord, path: str) -> None:
-        if record.phase in (Phase.RELEASING, Phase.STUCK):
+        if record.phase is Phase.RELEASING:
             raise Conflict(f"{describe(record)} is being deleted; make a new one", path=path)
         if record.problem:
             raise Conflict(f"{describe(record)} cannot be used: {record.problem}", path=path)
