@@ -45,6 +45,10 @@ class SlowKernel(Pool):
         while self._begun[verb, key] < times:
             await asyncio.sleep(0)
 
+    def count(self, verb: str, key: Key) -> int:
+        """How often the job has begun."""
+        return self._begun[verb, key]
+
     def run_on(self) -> None:
         """Have all that is not held done at once, and heard of at once, as when the event loop was busy meanwhile."""
         for chain in self._chains:

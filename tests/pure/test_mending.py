@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +102,57 @@ def test_who_gives_up_what_was_written_is_told_of_whom_else_that_concerns(tmp_pa
 def test_an_end_for_lack_of_the_image_says_so_also_when_that_is_mended_by_then(bereft: bool) -> None:
     run = Run(logfile="/log", created_at="2026-01-01T00:00:00Z")
     assert "SIGBUS: a page of a file could not be had" in endings.complaint(run, 128 + signal.SIGBUS, bereft=bereft)
+
+
+def test_a_release_that_hangs_is_not_begun_again_when_its_store_is_found_silent(tmp_path: Path) -> None:
+    """Else each try would take another of the store's places, and all would go on at once in the end."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        made = await engine.create(loopback("/image", ro=False))
+        engine._graph.get(IMAGE).facts = Facts(device_file="/dev/loop0", helper=HERE)
+        kernel.hold("release", IMAGE)
+        with pytest.raises(TimedOut):
+            await engine.delete(made.record.key, force=False)
+        await kernel.begun("sever", IMAGE)
+        while "not come back" not in (engine.picture(IMAGE).record.problem or ""):
+            await asyncio.sleep(0.01)
+        assert kernel.count("release", IMAGE) == 1
+        kernel.let_go("release", IMAGE)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path, timeout=0.05)
+
+
+@pytest.mark.parametrize("deleted_first", [False, True])
+def test_what_waits_to_be_mended_is_not_when_it_is_deleted(tmp_path: Path, deleted_first: bool) -> None:
+    """A delete and the mending wait for the same job, and hear of its end together."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        made = await engine.create(loopback("/image"))
+        record = engine._graph.get(IMAGE)
+        record.facts = Facts(device_file="/dev/loop0", helper=GONE)
+        kernel.hold("observe", IMAGE)
+        looking = asyncio.create_task(engine._jobs.drive("observe", record))
+        await kernel.begun("observe", IMAGE)
+        deletes: list[asyncio.Task[Any]] = []
+        asks = [lambda: engine._mender.is_lost(record), lambda: deletes.append(_delete(engine, made.record.key))]
+        for ask in reversed(asks) if deleted_first else asks:
+            ask()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        kernel.hold("release", IMAGE)
+        kernel.let_go("observe", IMAGE)
+        await looking
+        await kernel.begun("release", IMAGE)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert kernel.count("mend", IMAGE) == 0
+        kernel.let_go("release", IMAGE)
+        await asyncio.gather(*deletes)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def _delete(engine: Engine, key: Key) -> asyncio.Task[Any]:
+    return asyncio.create_task(engine.delete(key, force=False))

@@ -69,11 +69,26 @@ class Jobs:
         with self.series(store, [job]) as series:
             return await series.outcome(timeout)
 
+    async def beside(self, store: str, job: Job) -> Any:
+        """The result of a job that helps another one on its object to its end, and so does not take that one's place
+        here.
+
+        Raises: errors.Problem.
+        """
+        try:
+            with self._series(store, [job]) as series:
+                return await series.outcome()
+        finally:
+            self.ended = time.monotonic()
+
     def series(self, store: str, jobs: Sequence[Job]) -> Series:
         """Have jobs of one store done in turn."""
         for job in jobs:
             if job.about is not None:
                 self._remember(job.about.key, job)
+        return self._series(store, jobs)
+
+    def _series(self, store: str, jobs: Sequence[Job]) -> Series:
         return Series(self._pool, Chain(store, jobs), self._timeout, self.giving_up)
 
     def giving_up(self, record: AnyRecord) -> str:
@@ -103,16 +118,17 @@ class Jobs:
         return [job for job in self._under_way.values() if not job.result.done()]
 
     async def settle(self, record: AnyRecord) -> None:
-        """Wait for the job that is still under way on an object, if one is.
+        """Wait until no job is under way on an object: several may wait for the same one, and the first to hear of its
+        end begins the next.
 
         Raises: errors.TimedOut.
         """
-        if (job := self.under_way(record.key)) is None:
-            return
-        done, _ = await asyncio.wait({job}, timeout=self._timeout)
-        if not done:
-            late = "the host has not come back from what was asked of it before; see to its store"
-            raise TimedOut(f"{late}{self.giving_up(record)}")
+        deadline = time.monotonic() + self._timeout
+        while (job := self.under_way(record.key)) is not None:
+            done, _ = await asyncio.wait({job}, timeout=deadline - time.monotonic())
+            if not done:
+                late = "the host has not come back from what was asked of it before; see to its store"
+                raise TimedOut(f"{late}{self.giving_up(record)}")
 
     def _remember(self, key: Key, job: Job) -> None:
         def forget(_: object) -> None:

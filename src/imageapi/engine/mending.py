@@ -153,8 +153,9 @@ class Mender:
         return any(record is below for box in active for below in self._graph.below(box.key))
 
     async def _sever(self, record: AnyRecord) -> None:
-        """It needs nothing that could hang, and so no place among those of the store."""
-        if await self._jobs.run(LOCAL_STORE, Job("sever", record)):
+        """It needs nothing that could hang, and so no place among those of the store. What is done to the object
+        meanwhile, and hangs, goes on."""
+        if await self._jobs.beside(LOCAL_STORE, Job("sever", record)):
             log.warning("%s was cut off from its store, which does not answer", describe(record))
             self.lose(record, SEVERED)
 
@@ -202,6 +203,8 @@ class Mender:
             return True
         try:
             await self._jobs.settle(record)
+            if not self._is_kept(record):
+                return True
             facts, complaint = await self._jobs.drive("mend", record)
         except Problem as problem:
             log.warning("%s is not mended: %s", describe(record), problem.message)
