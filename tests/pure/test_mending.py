@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imageapi.engine import endings
+from imageapi.engine import endings, mending
 from imageapi.engine.engine import Engine
-from imageapi.errors import Conflict, Problem, TimedOut
+from imageapi.engine.lives import now
+from imageapi.errors import Conflict, Invalid, Problem, TimedOut
 from imageapi.linux import pidfd
-from imageapi.records import AnyRecord, Facts, Helper, Key, Run
-from pure.nests import loopback, on
-from pure.slow_kernel import SlowKernel, act, gone
+from imageapi.records import AnyRecord, Facts, Helper, Key, Phase, Run
+from imageapi.runtime.protocol import Ended
+from pure.nests import container, loopback, on, overlay
+from pure.slow_kernel import SlowKernel, Supervisor, act, gone
 
 pytestmark = pytest.mark.pure
 
@@ -156,3 +160,138 @@ def test_what_waits_to_be_mended_is_not_when_it_is_deleted(tmp_path: Path, delet
 
 def _delete(engine: Engine, key: Key) -> asyncio.Task[Any]:
     return asyncio.create_task(engine.delete(key, force=False))
+
+
+@pytest.mark.parametrize("reason", [errno.EMFILE, errno.ENOMEM, errno.ENOENT, errno.EINVAL])
+def test_a_create_is_undone_also_when_nobody_can_tell_whether_its_helper_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.hold("acquire", MOUNT)
+        kernel.failures["acquire", MOUNT] = Invalid("no file system")
+        creating = asyncio.create_task(engine.create(on(loopback("/image"))))
+        await kernel.begun("acquire", MOUNT)
+        while engine._graph.get(IMAGE).phase is not Phase.LIVE:
+            await asyncio.sleep(0)
+        engine._graph.get(IMAGE).facts = Facts(device_file="/dev/loop0", helper=HERE)
+        _refuse(monkeypatch, reason)
+        kernel.let_go("acquire", MOUNT)
+        with pytest.raises(Invalid):
+            await creating
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_helper_that_cannot_be_watched_now_is_watched_as_soon_as_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mending, "LAST_RETRY", 0.01)
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(loopback("/image"))
+        record = engine._graph.get(IMAGE)
+        record.facts = Facts(device_file="/dev/loop0", helper=HERE)
+        with monkeypatch.context() as shortage:
+            _refuse(shortage, errno.EMFILE)
+            assert engine._mender.watch(record)
+            assert not engine._mender.is_lost(record)
+        while HERE not in engine._mender._watched:
+            await asyncio.sleep(0.01)
+        engine._mender.close()
+
+    act(scenario, tmp_path)
+
+
+def test_whether_a_helper_lives_is_asked_without_leaving_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(pidfd, "start_time", _raise(errno.EMFILE))
+    assert mending._lives(HERE)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    """From now on no pidfd can be had."""
+    monkeypatch.setattr(pidfd, "pidfd_open", _raise(reason))
+
+
+def _raise(reason: int) -> Callable[[int], int]:
+    def fail(pid: int) -> int:
+        raise OSError(reason, os.strerror(reason))
+
+    return fail
+
+
+def test_what_a_refused_delete_leaves_is_mended_if_its_helper_has_ended_meanwhile(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(loopback("/image"))
+        record = engine._graph.get(IMAGE)
+        record.facts = Facts(device_file="/dev/loop0", helper=HERE)
+        kernel.mended.append(Facts(helper=HERE))
+        kernel.failures["release", IMAGE] = Conflict("it is busy")
+        kernel.hold("release", IMAGE)
+        deleting = _delete(engine, IMAGE)
+        await kernel.begun("release", IMAGE)
+        engine._mender.lose(record, "its store did not answer")
+        kernel.let_go("release", IMAGE)
+        with pytest.raises(Conflict, match="busy"):
+            await deleting
+        await kernel.begun("mend", IMAGE)
+        await says(record, None)
+        assert (record.phase, record.pinned) == (Phase.LIVE, True)
+        engine._mender.close()
+
+    act(scenario, tmp_path)
+
+
+def test_nothing_is_kept_of_an_object_that_is_gone(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        kernel.failures["mend", IMAGE] = Conflict("it is another image now")
+        record = await lost(engine)
+        await says(record, "it is another image now")
+        record.facts = Facts(device_file="/dev/loop0", helper=HERE)
+        assert engine._mender.watch(record)
+        await engine.delete(MOUNT, force=False)
+        await gone(engine, kernel)
+        mender = engine._mender
+        assert not any((mender._told, mender._hopeless, mender._aside, mender._watched, mender._lost))
+
+    act(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["deleted by force", "stopped"])
+def test_containers_that_wait_for_the_same_silent_image_are_cut_off_when_all_are_being_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    """Each of them alone would wait for the other."""
+    monkeypatch.setattr(mending, "PATIENCE", 0.05)
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        mount = on(loopback("/image"))
+        boxes = [(await engine.create(container(overlay(mount)))).record for _ in range(2)]
+        supervisor = Supervisor(engine, 0)
+        for box in boxes:
+            await engine.request_state(box.key, "running")
+        record = engine._graph.get(IMAGE)
+        record.facts = Facts(device_file="/dev/loop0", helper=HERE)
+        assert engine._mender.watch(record)
+
+        async def end(box: AnyRecord) -> None:
+            if forced:
+                await engine.delete(box.key, force=True)
+            else:
+                engine._graph.get(box.key).run.start_time = 0  # type: ignore[union-attr]
+                await engine.request_state(box.key, "exited")
+
+        first = asyncio.create_task(end(boxes[0]))
+        await asyncio.sleep(0.2)
+        assert kernel.count("sever", IMAGE) == 0
+        second = asyncio.create_task(end(boxes[1]))
+        await kernel.begun("sever", IMAGE)
+        for box in boxes:
+            engine._containers._on_ended(Ended(box.id, 1, 137, now()))
+        await asyncio.gather(first, second)
+        assert {call[:2] for call in supervisor.calls} >= {("kill", 0), ("kill", 1)}
+        engine._mender.close()
+
+    act(scenario, tmp_path)

@@ -90,8 +90,8 @@ class Applier:
                 await self._tasks.through(self._undo(claimed))
             except BaseException as error:
                 making.stop()
-                lost = self._mender.lost(*claimed.steps)
                 undone = self._tasks.spawn(self._undo(claimed, made))
+                lost = self._mender.lost(*claimed.steps)
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.shield(undone)
                 if lost and isinstance(error, Problem) and not isinstance(error, TimedOut):

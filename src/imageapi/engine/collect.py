@@ -118,6 +118,7 @@ class Collector:
         for record in records:
             if self._graph.find(record.key) is record:
                 self._ledger.spare(record)
+                self._mender.resume(record)
 
     async def release(self, record: AnyRecord) -> None:
         """Have the kernel let go of an object that is `releasing`; a job still under way on it is waited for first.
@@ -145,6 +146,7 @@ class Collector:
         lost = f"{describe(record)}, which it needs, was deleted by force"
         self._ledger.fault((holder.key for holder in self._graph.holders(record.key)), lost)
         self._ledger.drop(record.key)
+        self._mender.forget(record)
 
     def put_off(self, record: AnyRecord, problem: Problem) -> None:
         """Keep an object that is `releasing` with its problem, and try again until the kernel lets it go."""

@@ -206,6 +206,7 @@ class Engine:
             self._collector.put_off(record, problem)
         else:
             self._ledger.note(record, phase=before[0], problem=record.problem or before[1])
+            self._mender.resume(record)
 
     async def _stands(self, record: AnyRecord) -> bool:
         """Whether the kernel still has the whole object."""

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import os
 import select
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 
 from imageapi.drivers.base import LOCAL_STORE
 from imageapi.engine.graph import describe
@@ -47,10 +47,16 @@ class Mender:
         self._lost: dict[str, deque[AnyRecord]] = {}
         self._menders: dict[str, asyncio.Task[None]] = {}
         self._told: dict[Key, str] = {}
-        self._hopeless: set[tuple[Key, Helper | None]] = set()
+        self._hopeless: dict[Key, Helper | None] = {}
+        self._aside: dict[Key, str] = {}
+        """What has been lost of objects that are on their way out."""
+        self._ending: Counter[Key] = Counter()
+        self._severing: set[Key] = set()
+        self._closed = False
 
     def close(self) -> None:
         """Watch nothing any more."""
+        self._closed = True
         for helper in list(self._watched):
             self._unwatch(helper)
 
@@ -59,16 +65,29 @@ class Mender:
     def watch(self, record: AnyRecord) -> bool:
         """Notice when the object's helper ends, if it has one; False when it has ended already."""
         helper = record.facts.helper
-        if helper is None or record.phase is not Phase.LIVE:
+        if helper is None or record.phase is not Phase.LIVE or self._closed:
             return True
-        if helper in self._watched:
+        try:
+            lives = helper in self._watched or self._begin_to_watch(helper)
+        except OSError as error:
+            log.warning("the end of the storage helper of %s would not be noticed now: %s", describe(record), error)
+            asyncio.get_running_loop().call_later(LAST_RETRY, self.watch, record)
+            return True
+        if lives:
             self._watched[helper][1].add(record.key)
-        elif (descriptor := _opened(helper)) is not None:
-            self._watched[helper] = descriptor, {record.key}
-            asyncio.get_running_loop().add_reader(descriptor, self._ended, helper)
         else:
             self.lose(record)
+        return lives
+
+    def _begin_to_watch(self, helper: Helper) -> bool:
+        """False when it has ended. Raises: OSError, when the host does not let us know."""
+        if (descriptor := _opened(helper)) is None:
             return False
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, descriptor)
+            asyncio.get_running_loop().add_reader(descriptor, self._ended, helper)
+            undo.pop_all()
+        self._watched[helper] = descriptor, set()
         return True
 
     def _ended(self, helper: Helper) -> None:
@@ -84,26 +103,40 @@ class Mender:
         os.close(descriptor)
         return keys
 
+    def forget(self, record: AnyRecord) -> None:
+        """The object is gone: its id may become another's."""
+        for kept in (self._told, self._hopeless, self._aside):
+            kept.pop(record.key, None)
+        helper = record.facts.helper
+        if helper in self._watched:
+            self._watched[helper][1].discard(record.key)
+            if not self._watched[helper][1]:
+                self._unwatch(helper)
+
     # ------------------------------------------------------------------------------------------------- relieving
 
     @contextlib.contextmanager
     def relieving(self, *records: AnyRecord) -> Iterator[None]:
-        """What is done within ends objects, and may wait for a store that is silent: see `relieve`, which comes
-        after `PATIENCE`."""
-        if not self._watched:
-            yield
-            return
-        late = asyncio.get_running_loop().call_later(PATIENCE, self.relieve, *records)
+        """What is done within ends objects, and may wait for a store that is silent: see `relieve`, which comes each
+        `PATIENCE`, since it may have to wait until others that use the store are being ended, too."""
+        relief = _Repeated(PATIENCE, lambda: self.relieve(*records))
+        keys = [record.key for record in records]
+        self._ending.update(keys)
         try:
             yield
         finally:
-            late.cancel()
+            relief.cancel()
+            self._ending.subtract(keys)
+            for key in keys:
+                if not self._ending[key]:
+                    del self._ending[key]
 
     def relieve(self, *records: AnyRecord) -> None:
         """Objects do not end. A process that reads from a store that is silent cannot be killed, nor its file system
         unmounted: so of such a store what nothing else uses is severed, and they get an error instead."""
         for record in {below.key: below for below in self._below(records)}.values():
-            if record.facts.helper is not None and not self._used_besides(record, records):
+            if record.facts.helper is not None and record.key not in self._severing and not self._is_used(record):
+                self._severing.add(record.key)
                 self._tasks.linger(self._sever(record))
 
     # ------------------------------------------------------------------------------------------------ recovering
@@ -141,21 +174,26 @@ class Mender:
         yield from kept
         yield from self._graph.below(*(record.key for record in kept))
 
-    def _used_besides(self, record: AnyRecord, leaving: Collection[AnyRecord]) -> bool:
-        """Whether a container that runs stands on the object, and is none of those `leaving`."""
+    def _is_used(self, record: AnyRecord) -> bool:
+        """Whether a container that runs stands on the object, and is not being ended or deleted."""
         active = (
             box
             for box in self._graph.all("container")
             if box.run is not None
             and box.run.state in ("running", "stopping")
-            and not any(box is one for one in leaving)
+            and box.phase is not Phase.RELEASING
+            and box.key not in self._ending
         )
         return any(record is below for box in active for below in self._graph.below(box.key))
 
     async def _sever(self, record: AnyRecord) -> None:
         """It needs nothing that could hang, and so no place among those of the store. What is done to the object
         meanwhile, and hangs, goes on."""
-        if await self._jobs.beside(LOCAL_STORE, Job("sever", record)):
+        try:
+            severed = await self._jobs.beside(LOCAL_STORE, Job("sever", record))
+        finally:
+            self._severing.discard(record.key)
+        if severed:
             log.warning("%s was cut off from its store, which does not answer", describe(record))
             self.lose(record, SEVERED)
 
@@ -163,7 +201,10 @@ class Mender:
 
     def lose(self, record: AnyRecord, problem: str = ENDED) -> None:
         """The object does not work any more: it says so, and is mended. One that is just being made is its create's to
-        undo, or to have watched when it is shown; of one that is known to be lost more has been said by now."""
+        undo, or to have watched when it is shown, and one on its way out is mended if it stays (`resume`); of one that
+        is known to be lost more has been said by now."""
+        if record.phase is Phase.RELEASING and self._graph.find(record.key) is record:
+            self._aside[record.key] = problem
         if record.phase is not Phase.LIVE or not self._graph.is_shown(record.key) or self._is_known(record):
             return
         log.warning("%s: %s", describe(record), problem)
@@ -174,9 +215,17 @@ class Mender:
             self._menders[store] = self._tasks.linger(self._mend_all(store))
         self._lost[store].append(record)
 
+    def resume(self, record: AnyRecord) -> None:
+        """An object that was on its way out stays, and is watched, or mended, as before."""
+        if (problem := self._aside.pop(record.key, None)) is not None:
+            self.lose(record, problem)
+        else:
+            self.watch(record)
+
     def _is_known(self, record: AnyRecord) -> bool:
         """Whether the object waits to be mended, or has been found never to be."""
-        return self._waits(record) or (record.key, record.facts.helper) in self._hopeless
+        hopeless = record.key in self._hopeless and self._hopeless[record.key] == record.facts.helper
+        return hopeless or self._waits(record)
 
     def _waits(self, record: AnyRecord) -> bool:
         return any(record is one for lost in self._lost.values() for one in lost)
@@ -198,21 +247,25 @@ class Mender:
 
     async def _mend(self, record: AnyRecord) -> bool:
         """Whether nothing is left to be done for the object."""
-        if not self._is_kept(record):
-            self._told.pop(record.key, None)
-            return True
         try:
-            await self._jobs.settle(record)
+            if self._is_kept(record):
+                await self._jobs.settle(record)
             if not self._is_kept(record):
+                self._put_aside(record)
                 return True
             facts, complaint = await self._jobs.drive("mend", record)
         except Problem as problem:
             log.warning("%s is not mended: %s", describe(record), problem.message)
             self._tell(record, problem.message)
             if never := isinstance(problem, Conflict):
-                self._hopeless.add((record.key, record.facts.helper))
+                self._hopeless[record.key] = record.facts.helper
             return never
         return not self._is_kept(record) or self._mended(record, facts, complaint)
+
+    def _put_aside(self, record: AnyRecord) -> None:
+        """It is deleted, or on its way out, from where it may come back."""
+        if self._graph.find(record.key) is record:
+            self._aside.setdefault(record.key, self._told.get(record.key, ENDED))
 
     def _is_kept(self, record: AnyRecord) -> bool:
         return self._graph.find(record.key) is record and record.phase is Phase.LIVE
@@ -241,25 +294,51 @@ class Mender:
                 self._ledger.fault([one.key], text)
 
 
+class _Repeated:
+    """What is done each `pause` seconds from now on, until `cancel`."""
+
+    def __init__(self, pause: float, action: Callable[[], None]) -> None:
+        self._pause = pause
+        self._action = action
+        self._next = asyncio.get_running_loop().call_later(pause, self._act)
+
+    def _act(self) -> None:
+        self._next = asyncio.get_running_loop().call_later(self._pause, self._act)
+        self._action()
+
+    def cancel(self) -> None:
+        self._next.cancel()
+
+
 def _lives(helper: Helper) -> bool:
-    """A pidfd is readable as soon as its process has ended."""
-    if (descriptor := _opened(helper)) is None:
-        return False
-    ended = select.poll()
-    ended.register(descriptor, select.POLLIN)
+    """Whether it is not known to have ended. A pidfd is readable as soon as its process has."""
     try:
+        descriptor = _opened(helper)
+    except OSError as error:
+        log.warning("whether process %d, a storage helper, lives is not known: %s", helper.pid, error)
+        return True
+    if descriptor is None:
+        return False
+    try:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
         return not ended.poll(0)
     finally:
         os.close(descriptor)
 
 
 def _opened(helper: Helper) -> int | None:
-    """A pidfd of it; None when it has ended."""
-    try:
-        descriptor = pidfd.pidfd_open(helper.pid)
-    except ProcessLookupError:
-        return None
-    if pidfd.start_time(helper.pid) == helper.start_time:
-        return descriptor
-    os.close(descriptor)
-    return None
+    """A pidfd of it; None when it has ended.
+
+    Raises: OSError, when the host has no descriptor or no memory left for that.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            descriptor = pidfd.pidfd_open(helper.pid)
+        except ProcessLookupError:
+            return None
+        undo.callback(os.close, descriptor)
+        if pidfd.start_time(helper.pid) != helper.start_time:
+            return None
+        undo.pop_all()
+    return descriptor
