@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from imageapi.engine import containers, starts
+from imageapi.engine import apply
 from imageapi.engine.engine import Engine
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, TimedOut
-from imageapi.records import Key, Phase
-from imageapi.runtime.protocol import Ended
+from imageapi.records import Key
 from imageapi.spec import Mount
 from imageapi.store import Store
 from pure.nests import container, loopback, on, overlay
@@ -332,109 +330,26 @@ def test_an_end_does_not_wait_for_what_the_kernel_keeps(tmp_path: Path) -> None:
     act(scenario, tmp_path)
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor is asked again at once."""
-    monkeypatch.setattr(containers, "ASK_AGAIN", 0.001)
-    monkeypatch.setattr(starts, "ASK_AGAIN", 0.001)
-
-
-def test_a_start_that_meets_a_delete_is_refused(tmp_path: Path) -> None:
-    """Both were let in before either had begun: nothing is started that is nobody's."""
+def test_a_create_that_fails_does_not_wait_for_its_undo_for_longer_than_its_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not undone by then is told, shown, and goes by itself."""
+    monkeypatch.setattr(apply, "GRACE", 0.01)
 
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        supervisor = Supervisor(engine, 0)
-        await engine.create(container(nest()))
-        deleting = asyncio.create_task(engine.delete(BOX, force=False))
-        starting = asyncio.create_task(engine.request_state(BOX, "running"))
-        await deleting
-        with pytest.raises(Conflict, match="being deleted"):
-            await starting
-        assert supervisor.calls == []
-        await gone(engine, kernel)
-
-    act(scenario, tmp_path)
-
-
-def test_a_start_that_meets_a_stop_is_told_that_it_has_begun(tmp_path: Path) -> None:
-    """Each is answered as if the other had come before it or after it."""
-
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        Supervisor(engine, 0)
-        await engine.create(container(nest()))
-        asked = [asyncio.create_task(engine.request_state(BOX, state)) for state in ("running", "exited", "running")]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        states = [answer.record.run.state for answer in answers if not isinstance(answer, BaseException)]  # type: ignore[union-attr]
-        assert states == ["running", "stopping", "running"]
-
-    act(scenario, tmp_path)
-
-
-def test_a_stop_is_asked_for_until_the_supervisor_hears_it(tmp_path: Path, impatient: None) -> None:
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        await engine.create(container(nest()))
-        supervisor = Supervisor(engine, 0)
-        await engine.request_state(BOX, "running")
-        supervisor._failures = 2
-        await engine.request_state(BOX, "exited")
-        await until(lambda: supervisor.calls.count(("kill", 0, 1)) == 3)
-        run: Any = engine.picture(BOX).record.run
-        assert run.state == "stopping"
-        engine._containers._on_ended(Ended(0, 1, 137, ""))
-        await until(lambda: run.state == "exited")
-
-    act(scenario, tmp_path)
-
-
-def test_a_start_that_was_given_up_is_ended_when_it_comes(tmp_path: Path, impatient: None) -> None:
-    """The supervisor hung, and does what it was asked for late: nobody would ever end that process."""
-
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        await engine.create(container(nest()))
-        supervisor = Supervisor(engine, 1)
-        with pytest.raises(TimedOut):
-            await engine.request_state(BOX, "running")
-        await until(lambda: supervisor.calls.count(("undo", 0, 1)) == 2)
-        engine._containers._on_ended(Ended(0, 1, 137, ""))
-        await engine._tasks.drain(5)
-        record: Any = engine.picture(BOX).record
-        assert record.run.state == "dead"
-        assert (record.problem or "").startswith("it could not be started: no answer")
-
-    act(scenario, tmp_path)
-
-
-def test_an_id_is_free_when_its_start_has_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something may come of a start that was given up: until that has ended its container stays, and is told of."""
-    monkeypatch.setattr(starts, "ASK_AGAIN", 0.05)
-
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        supervisor = Supervisor(engine, 1)
-        asked = msgspec.structs.replace(container(nest()), state="running")
-        with pytest.raises(TimedOut):
-            await engine.create(asked)
-        record: Any = engine.picture(BOX).record
-        assert (record.phase, "has not ended yet" in record.problem) == (Phase.RELEASING, True)
-        assert (await engine.create(asked)).record.id == 1
-        await until(lambda: engine._graph.find(BOX) is None)
-        first, *_ = [call[2] for call in supervisor.calls if call[0] == "start"]
-        assert [call for call in supervisor.calls if call[0] == "undo"] == [("undo", 0, first)] * 2
-
-    act(scenario, tmp_path)
-
-
-def test_a_container_that_the_supervisor_has_lost_can_be_deleted(tmp_path: Path) -> None:
-    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        await engine.create(container(nest()))
-        supervisor = Supervisor(engine, 0)
-        await engine.request_state(BOX, "running")
-        supervisor.lost = True
-        await engine.delete(BOX, force=True)
+        engine._applier._timeout = 0.01
+        kernel.hold("acquire", ROOT)
+        kernel.hold("release", ROOT)
+        kernel.failures["acquire", ROOT] = Invalid("no such option")
+        creating = asyncio.create_task(engine.create(nest()))
+        await kernel.begun("acquire", ROOT)
+        kernel.let_go("acquire", ROOT)
+        with pytest.raises(Invalid, match=r"no such option; mount 1 \(overlay\) goes as soon as") as failed:
+            await creating
+        assert failed.value.fields["id"] == ROOT.id
+        assert everything(engine) == [ROOT]
+        assert "not come back from undoing" in (engine.picture(ROOT).record.problem or "")
+        kernel.let_go("release", ROOT)
         await gone(engine, kernel)
 
     act(scenario, tmp_path)

@@ -31,6 +31,11 @@ HELPER_ENDED = (
     "(dmesg), and ask again"
 )
 
+GRACE = 2.0
+"""Seconds that a create which fails waits at least for its undo. With those of its operation they are fewer than the 30
+that a Go client waits."""
+UNDOING = "the host has not come back from undoing it yet; it goes when that is done"
+
 
 class Applier:
     """The creates of one engine. `timeout` bounds, in seconds, what one waits for others."""
@@ -61,17 +66,21 @@ class Applier:
 
         Raises: errors.Problem, and then nothing is left but what the kernel has not come back from.
         """
+        end = asyncio.get_running_loop().time() + self._timeout
         try:
-            return await self._create(thing)
+            return await self._create(thing, end)
         except _Bereft as bereft:
             await self._mender.mended(bereft.of)
         try:
-            return await self._create(thing)
+            return await self._create(thing, end)
         except _Bereft as again:
             raise _explained(again.problem) from again
 
-    async def _create(self, thing: Object) -> AnyRecord:
-        """Raises: errors.Problem; _Bereft."""
+    async def _create(self, thing: Object, end: float) -> AnyRecord:
+        """What fails is undone until `end`, by the clock of the event loop, and then by itself.
+
+        Raises: errors.Problem; _Bereft.
+        """
         running = getattr(thing, "state", None) == "running"
         while True:
             claimed = await self._claim(thing, running=running)
@@ -88,15 +97,33 @@ class Applier:
                 return claimed.root
             except GivenUp:
                 await self._tasks.through(self._undo(claimed))
-            except BaseException as error:
+            except Problem as problem:
                 making.stop()
                 undone = self._tasks.spawn(self._undo(claimed, made))
                 lost = self._mender.lost(*claimed.steps)
-                if not isinstance(error, asyncio.CancelledError):
-                    await asyncio.shield(undone)
-                if lost and isinstance(error, Problem) and not isinstance(error, TimedOut):
-                    raise _Bereft(lost, error) from error
+                left = await self._left(claimed, undone, end)
+                if lost and left is None and not isinstance(problem, TimedOut):
+                    raise _Bereft(lost, problem) from problem
+                if left is not None:
+                    raise _with_what_is_left(problem, left) from problem
                 raise
+            except BaseException:
+                making.stop()
+                self._tasks.spawn(self._undo(claimed, made))
+                raise
+
+    async def _left(self, claimed: Plan, undone: asyncio.Task[None], end: float) -> AnyRecord | None:
+        """Which object the kernel, or a process in it, keeps of what is undone, if it keeps any. It is shown from now
+        on, and its name is free."""
+        await asyncio.wait({undone}, timeout=max(GRACE, end - asyncio.get_running_loop().time()))
+        left = next((record for record in reversed(claimed.steps) if self._is_left(record)), None)
+        if left is not None and left.problem is None:
+            self._graph.free_name(left)
+            self._ledger.expose(left, f"it is being deleted, but: {UNDOING}")
+        return left
+
+    def _is_left(self, record: AnyRecord) -> bool:
+        return self._graph.find(record.key) is record and record.phase is Phase.RELEASING
 
     async def _claim(self, thing: Object, *, running: bool) -> Plan:
         """Plan again until nothing that is going away stands in the way, then enter the plan in the same step."""
@@ -135,6 +162,12 @@ class Applier:
             record.problem = record.problem or "its create has ended before it was made"
         ended = GivenUp(f"{describe(record)} is not made: its create has ended")
         _tell(self._awaited.pop(record.key, None), ended)
+
+
+def _with_what_is_left(problem: Problem, left: AnyRecord) -> Problem:
+    """The problem, with the id of what stays of the create for now."""
+    stays = f"{problem.message}; {describe(left)} goes as soon as the host lets go of it"
+    return type(problem)(stays, **problem.fields, id=left.id)
 
 
 class _Bereft(Exception):
@@ -264,13 +297,11 @@ class _Making:
                 raise Conflict(f"{describe(below) if below else key} cannot be used{reason}")
 
     def _located(self, problem: Problem, record: AnyRecord) -> Problem:
-        """The problem with its place in the request, the step it happened in, and the id of what stays behind it."""
+        """The problem with its place in the request, and the step it happened in."""
         place = self._claimed.paths[record.key]
         inside = place if isinstance(record.spec, Container) else f"{place}.{record.kind}"
         fields = {"step": f"making {describe(record)}", **problem.fields}
         fields["path"] = inside + str(problem.fields.get("path", "")).removeprefix("$")
-        if self._jobs.under_way(record.key):
-            fields["id"] = record.id
         return type(problem)(problem.message, **fields)
 
 

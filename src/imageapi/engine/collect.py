@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Collection, Iterable
 from itertools import groupby
 
+from imageapi.engine import journal
 from imageapi.engine.containers import Containers
 from imageapi.engine.graph import describe
 from imageapi.engine.jobs import Jobs
@@ -134,13 +135,13 @@ class Collector:
 
     async def forget(self, record: AnyRecord) -> None:
         """Drop a record whose object is gone, tell those that stood on it, and collect what stood below it."""
-        erase = not self._graph.is_shown(record.key)
-        self._drop(record)
-        collected = self.collect(record.edges())
         if isinstance(record.spec, Container):
-            await asyncio.gather(self._containers.forget(record, erase=erase), collected)
+            journal.close(record)
+            self._drop(record)
+            await asyncio.gather(self._containers.forget(record), self.collect(record.edges()))
         else:
-            await collected
+            self._drop(record)
+            await self.collect(record.edges())
 
     def _drop(self, record: AnyRecord) -> None:
         lost = f"{describe(record)}, which it needs, was deleted by force"

@@ -111,7 +111,7 @@ class Containers:
         """A container that is planned has the name of its log, and the number of its first start, if there is one: no
         other start has it, since the id may have been another's, of whose start something may still come."""
         logfile = self._ledger.site.logfile(record.id, int(time.time()))
-        record.run = Run(created_at=now(), logfile=logfile, attempt=(1 + record.token) * running)
+        record.run = Run(created_at=now(), logfile=logfile, attempt=(1 + record.token) * running, untold=True)
 
     def make(self, record: AnyRecord) -> None:
         """The container exists: it has its log file, whose first line says so."""
@@ -201,15 +201,10 @@ class Containers:
         if self._starts.is_late(record):
             raise TimedOut("its start was given up, and what came of it has not ended yet; it is undone when it has")
 
-    async def forget(self, record: AnyRecord, *, erase: bool) -> None:
-        """What is kept of a container that is gone goes: its end at the supervisor. Its log gets its last line;
-        `erase`: it goes, too, since nobody was ever told of it."""
+    async def forget(self, record: AnyRecord) -> None:
+        """What the supervisor keeps of a container that is gone goes: its end."""
         self._ends.pop(record.key, None)
         run = run_of(record)
-        if erase:
-            journal.erase(record)
-        else:
-            journal.say(record, journal.DELETED)
         if run.attempt and not await self._starts.forgotten(record.id, run.attempt):
             self._tasks.linger(self._starts.forget_later(record.id, run.attempt))
 

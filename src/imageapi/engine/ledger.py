@@ -68,6 +68,8 @@ class Ledger:
     def publish(self, plan: Plan) -> None:
         """The create has succeeded: the root has its own reference, and it is shown with all it stands on, also what
         another request is making and this one shares."""
+        if plan.root.run is not None:
+            plan.root.run.untold = False
         self.change(plan.root, pinned=True)
         self.graph.end(plan.root.key)
         for record in (plan.root, *self.graph.below(plan.root.key)):
@@ -76,6 +78,8 @@ class Ledger:
     def abandon(self, plan: Plan) -> None:
         """The create has come to nothing: it needs its root no more."""
         plan.root.pinned = False
+        if plan.root.run is not None:
+            plan.root.run.untold = True
         self.graph.end(plan.root.key)
 
     def change(self, record: AnyRecord, **changes: Any) -> None:

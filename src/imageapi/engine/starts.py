@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CREATED, STARTING = "container created", "starting container"
 START_TIMEOUT = 20.0
 """Seconds, within those of an operation, until an image that does not let its command be executed is given up."""
+SHORTEST = 2.0
+"""Seconds that its second try has at least."""
 ASK_AGAIN = 1.0
 """Seconds until a supervisor that could not do what it was asked for is asked again."""
 
@@ -54,6 +56,7 @@ class Starts:
         self._mender = mender
         self._supervisor = supervisor
         self._operation_timeout = config.operation_timeout
+        self._start_timeout = min(START_TIMEOUT, config.operation_timeout)
         self._finish = finish
         self._starting: dict[Key, asyncio.Task[Any]] = {}
         self._early: dict[Key, Ended] = {}
@@ -130,9 +133,10 @@ class Starts:
                 self._finish(record, ended)
 
     def give_up(self, container: int, attempt: int) -> None:
-        """A start that nobody waits for any more is undone; until then its container is not deleted."""
+        """A start that nobody waits for any more is undone; until then its container is not deleted. Where this server
+        ends before, the next one finds it."""
         self._late.add((container, attempt))
-        self._tasks.spawn(self._abandon(container, attempt))
+        self._tasks.linger(self._abandon(container, attempt))
 
     async def _abandon(self, container: int, attempt: int) -> None:
         """End what may still come of a start: a supervisor that hung does it late."""
@@ -149,12 +153,14 @@ class Starts:
 
     async def _execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
         """Have the supervisor execute the command. When it was not, and a storage helper has ended, that is mended and
-        it is tried again, once; a create is begun anew as a whole.
+        it is tried again, once, in what is left of the time; a create is begun anew as a whole.
 
         Raises: errors.Problem, when it was not executed.
         """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._start_timeout
         try:
-            return await self._ask_to_execute(record, run, told)
+            return await self._ask_to_execute(record, run, told, self._start_timeout)
         except Problem as problem:
             late = isinstance(problem, TimedOut)
             if late or not (self._graph.is_shown(record.key) and await self._mender.recover(record)):
@@ -162,7 +168,7 @@ class Starts:
         run.attempt += 1  # the end of what came of the first try may still be told, and is not this one's
         try:
             self._ledger.change(record)
-            return await self._ask_to_execute(record, run, (STARTING,))
+            return await self._ask_to_execute(record, run, (STARTING,), max(SHORTEST, end - loop.time()))
         except Problem as problem:
             raise self._explained(record, problem) from problem
 
@@ -173,10 +179,11 @@ class Starts:
             return problem
         return type(problem)(f"{problem.message}; {reason}", **problem.fields)
 
-    async def _ask_to_execute(self, record: AnyRecord, run: Run, told: Sequence[str]) -> Started:
+    async def _ask_to_execute(self, record: AnyRecord, run: Run, told: Sequence[str], timeout: float) -> Started:
         facts = self._mount_of(record).facts
         assert facts.mountpoint is not None, "it is mounted"
-        return await self._supervisor.start(self._order(record, run, facts, told), os.path.dirname(facts.mountpoint))
+        order = self._order(record, run, facts, told, timeout)
+        return await self._supervisor.start(order, os.path.dirname(facts.mountpoint))
 
     def _mount_of(self, record: AnyRecord) -> AnyRecord:
         """What the container runs on.
@@ -191,7 +198,7 @@ class Starts:
             raise Conflict(f"{describe(mount)} cannot be used: {mount.problem or 'it is being deleted'}")
         return mount
 
-    def _order(self, record: AnyRecord, run: Run, mounted: Facts, told: Sequence[str]) -> Start:
+    def _order(self, record: AnyRecord, run: Run, mounted: Facts, told: Sequence[str], timeout: float) -> Start:
         return Start(
             id=record.id,
             attempt=run.attempt,
@@ -199,7 +206,7 @@ class Starts:
             cleared=mounted.detail.get("staging", 0),
             argv=command.split(record.spec.command),
             told=list(told),
-            timeout=min(START_TIMEOUT, self._operation_timeout),
+            timeout=timeout,
             systemd=record.spec.systemd,
             logfile=os.path.basename(run.logfile),
             mark=self._ledger.site.mark(record.key),
