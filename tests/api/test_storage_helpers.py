@@ -99,6 +99,11 @@ def waits_for_squashfs(pid: int) -> bool:
     return "squashfs" in Path(f"/proc/{pid}/stack").read_text()
 
 
+def cannot_be_killed(pid: int) -> bool:
+    """Whether the process is in an uninterruptible wait (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+
+
 @contextlib.contextmanager
 def hanging_on(path: Path) -> Iterator[None]:
     """A process of the host's reads a file that gives no answer; it has one by the end."""
@@ -319,3 +324,28 @@ def test_what_was_written_to_a_silent_store_is_given_up_as_the_refusal_says(
             eventually(lambda: server.get("/mount") == [], "the mount is gone")
             server.delete(f"/attach/{device['id']}")
         assert os.listdir(server.run_dir / "helpers") == []
+
+
+@ONLY_CEPH
+@pytest.mark.parametrize("forced", [True, False], ids=["deleted by force", "stopped"])
+def test_containers_that_read_from_the_same_silent_image_can_all_be_ended(
+    server: Server, store: Store, forced: bool
+) -> None:
+    """None of them alone is a reason to cut the image off from its store, as long as another runs."""
+    mount = server.post("/mount", on(store, "one"))
+    overlays = [over({"id": mount["id"]}) for _ in range(2)]
+    server.post("/container", {"mount": overlays[0], "command": "/bin/sleep 0", "state": "running"})
+    server.await_state(0, "exited")  # busybox is in memory now
+    server.delete("/container/0")
+    boxes = [server.post("/container", {"mount": one, "command": f"/bin/cat /{NOISE}"}) for one in overlays]
+    with store.silent():
+        readers = [server.get(f"/container/{box['id']}/running")["pid"] for box in boxes]
+        eventually(lambda: any(map(waits_for_squashfs, readers)), "one waits for the image")
+        eventually(lambda: all(map(cannot_be_killed, readers)), "the other waits for what that one reads")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            if forced:
+                list(pool.map(lambda box: server.delete(f"/container/{box['id']}?force=true"), boxes))
+            else:
+                list(pool.map(lambda box: server.get(f"/container/{box['id']}/exited"), boxes))
+                list(pool.map(lambda box: server.await_state(box["id"], "exited"), boxes))
+    eventually(lambda: mended(server), "the image is mended")
