@@ -167,6 +167,10 @@ class Supervisor:
         self.pid: int | None = None
         self._found = 0
         """The process that listened at the last attempt; 0 before any."""
+        self._old = 0
+        """How much of its log is of before, in bytes."""
+        with contextlib.suppress(OSError):
+            self._old = os.path.getsize(self._log_path())
 
     async def connect(self) -> list[Life]:
         """Find the supervisor, or have it launched; all lives it knows. On a host that has too much to do that may take
@@ -297,19 +301,26 @@ class Supervisor:
     def _silence(self, request: Request, timeout: float) -> str:
         """What to say of a supervisor that does not answer."""
         said = f"the supervisor did not answer '{type(request).__name__.lower()}' in {timeout:g}s"
-        return self._complaint() or f"{said}; see {self._site.supervisor_dir}/{protocol.LOG}"
+        return self._complaint() or f"{said}; see {self._log_path()}"
 
     def _complaint(self) -> str | None:
-        """Why it does not answer, as far as its state or its log's last line tells."""
+        """Why it does not answer, as far as its state or the last line of its log tells."""
         process = pidfd.look(self._found) if self._found else None
         if process is not None and process.state in "Tt":
             return f"the supervisor, process {self._found}, is stopped; let it go on: kill -CONT {self._found}"
-        path = f"{self._site.supervisor_dir}/{protocol.LOG}"
-        with contextlib.suppress(OSError), open(path, errors="replace") as log:
-            last = log.read().strip().rpartition("\n")[2]
-            if last:
-                return f"the supervisor does not work: {last}; see {path}"
-        return None
+        path = self._log_path()
+        last = self._said().strip().rpartition("\n")[2]
+        return f"the supervisor does not work: {last}; see {path}" if last else None
+
+    def _said(self) -> str:
+        """What is in its log since this server has begun: what came of earlier ones explains nothing."""
+        with contextlib.suppress(OSError), open(self._log_path(), "rb") as log:
+            log.seek(self._old if self._old <= os.fstat(log.fileno()).st_size else 0)  # it begins anew when it is long
+            return log.read().decode(errors="replace")
+        return ""
+
+    def _log_path(self) -> str:
+        return f"{self._site.supervisor_dir}/{protocol.LOG}"
 
     def _connected(self) -> asyncio.Task[_Connection]:
         """The connection, or the attempt to have one."""
@@ -411,16 +422,16 @@ class Supervisor:
     async def _resume(self) -> None:
         """Ask a new supervisor what became of the containers."""
         while True:
+            running = dict(self._running)  # what is started while the pages of a list come in may be on none of them
             try:
                 lives = {life.id: life for life in await self.list()}
                 break
             except errors.Problem as problem:
                 log.error("there is no supervisor: %s", problem.message)
                 await asyncio.sleep(RELAUNCH)
-        for container, attempt in list(self._running.items()):
-            life = lives.get(container)
-            if life is None or life.attempt != attempt or not life.running:
-                self._hear(_news(container, attempt, life))
+        for container, attempt in running.items():
+            if self._running.get(container) == attempt:
+                self._hear(_news(container, attempt, lives.get(container)))
 
 
 @contextlib.contextmanager
@@ -462,8 +473,10 @@ def _expect(answer: Answer, kind: type[A]) -> A:
     return answer
 
 
-def _news(container: int, attempt: int, life: Life | None) -> Ended:
-    """What became of a life of which a new supervisor knows the end, or nothing."""
+def _news(container: int, attempt: int, life: Life | None) -> Answer:
+    """What became of a life of which a new supervisor knows how its log does, or the end, or nothing."""
+    if life is not None and life.attempt == attempt and life.running:
+        return LogTrouble(container, attempt, life.log_trouble)
     if life is not None and life.attempt == attempt and life.finished_at is not None:
         return Ended(container, attempt, life.exit_code, life.finished_at)
     return Ended(container, attempt, None, datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"))
