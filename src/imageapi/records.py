@@ -59,8 +59,8 @@ class Facts(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 class Run(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A container's life: its state, and what is known of its last start. Times are RFC 3339 in UTC. `before` is, of a
-    start that is under way, what is so again if it is cut off. `untold`: its create has not succeeded, so that nobody
-    needs its log."""
+    start that is under way, what is so again if it is cut off. `stop_asked`: when its end was asked for, in seconds
+    since the boot. `untold`: its create has not succeeded, so that nobody needs its log."""
 
     state: spec.State = "created"
     logfile: str = ""
@@ -72,6 +72,7 @@ class Run(msgspec.Struct, kw_only=True, omit_defaults=True):
     started_at: str | None = None
     finished_at: str | None = None
     stop_requested: bool = False
+    stop_asked: float | None = None
     untold: bool = False
     before: Run | None = None
 

@@ -19,7 +19,7 @@ from imageapi.engine import endings, journal
 from imageapi.engine.graph import Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
-from imageapi.engine.lives import now, run_of
+from imageapi.engine.lives import now, run_of, since_boot, time_of
 from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.starts import ASK_AGAIN, CREATED, Starts
@@ -49,6 +49,8 @@ class Containers:
         self._stop_timeout = config.stop_timeout
         self._operation_timeout = config.operation_timeout
         self._ends: dict[Key, asyncio.Event] = {}
+        self._syncing: dict[Key, AnyRecord] = {}
+        """Of each container that has ended, and whose state does not say so yet, the mount that is waited for."""
         self._supervisor = Supervisor(
             ledger.site, launch=pool.start_supervisor, on_ended=self._on_ended, on_log=self._on_log
         )
@@ -154,7 +156,7 @@ class Containers:
             self._check_kept(record)
         run = run_of(record)
         if run.state == "running":
-            run.state, run.stop_requested = "stopping", True
+            run.state, run.stop_requested, run.stop_asked = "stopping", True, since_boot()
             self._ledger.note(record)
             self._tasks.linger(self._stop(record))
         return self._graph.still(record.key)
@@ -222,10 +224,20 @@ class Containers:
         try:
             await asyncio.wait_for(end.wait(), self._operation_timeout)
         except TimeoutError:
-            raise TimedOut(
-                f"{describe(record)} was killed, but process {run.pid} has not ended in {self._operation_timeout:g}s; "
-                f"see what it waits for in /proc/{run.pid}/stack{self._jobs.giving_up(record)}"
-            ) from None
+            raise TimedOut(f"{self._waited_for(record)}{self._jobs.giving_up(record)}") from None
+
+    def _waited_for(self, record: AnyRecord) -> str:
+        """Why a container that was killed has no end yet."""
+        if (mount := self._syncing.get(record.key)) is not None:
+            return (
+                f"{describe(record)} has ended, but what it wrote to {describe(mount)} is still being synced: "
+                f"{self._jobs.store(mount)} does not answer"
+            )
+        pid = run_of(record).pid
+        return (
+            f"{describe(record)} was killed, but process {pid} has not ended in {self._operation_timeout:g}s; see what "
+            f"it waits for in /proc/{pid}/stack"
+        )
 
     # -------------------------------------------------------------------------------------------------- a start
 
@@ -258,22 +270,31 @@ class Containers:
             and run_of(record).attempt == news.attempt
             and run_of(record).state in ("running", "stopping")
         ):
-            self._ledger.note(record, problem=endings.log_problem(run_of(record), news.errno))
+            self._say_of_log(record, news.errno)
+
+    def _say_of_log(self, record: AnyRecord, trouble: int) -> None:
+        """Say why lines of the log are lost, or take that back; what else is wrong with the container stays."""
+        problem = endings.log_problem(run_of(record), trouble)
+        if record.problem != problem and (record.problem is None or endings.is_log_problem(record.problem)):
+            self._ledger.note(record, problem=problem)
 
     async def _finish(self, record: AnyRecord, exit_code: int | None, at: str | None = None) -> None:
         """The container has ended, `at` a time that the supervisor knows: its file systems are synced, then its state
-        says so. The end of a start that was given up says nothing new."""
+        says so. The end of a start that was given up says nothing new, nor does one that was heard of."""
         run = run_of(record)
-        if run.state not in ("running", "stopping"):
+        if run.state not in ("running", "stopping") or record.key in self._syncing:
             return
-        problem = await self._sync(record)
+        finished = at or now()
+        unsynced = await self._sync(record)
         if endings.is_clean(record, run, exit_code):
-            run.state = "exited"
+            run.state, problem = "exited", unsynced
         else:
             bereft = bool(self._mender.lost(record))
-            run.state, problem = "dead", problem or endings.complaint(run, exit_code, bereft=bereft)
+            reasons = (endings.complaint(run, exit_code, bereft=bereft), unsynced)
+            run.state, problem = "dead", "; ".join(filter(None, reasons))
         run.pid = run.start_time = None
-        run.exit_code, run.finished_at = exit_code, max(at or now(), run.started_at or "")
+        run.exit_code, run.finished_at = exit_code, finished
+        run.started_at = min(run.started_at or finished, finished)  # it may have ended before we knew that it began
         self._ledger.note(record, problem=problem)
         self._end_of(record).set()
 
@@ -281,11 +302,14 @@ class Containers:
         """Have what the container wrote reach its store; what went wrong, if anything did."""
         root = self._graph.find(record.edges()[0])
         for mount in self._written(root) if root else ():
+            self._syncing[record.key] = mount
             try:
                 job = Job("sync", mount.facts.mountpoint)
                 await self._jobs.run(self._jobs.store(mount), job, self._stop_timeout)
             except Problem as problem:
                 return f"what it wrote to {describe(mount)} may not have reached its store: {problem.message}"
+            finally:
+                del self._syncing[record.key]
         return None
 
     def _written(self, mount: AnyRecord) -> list[AnyRecord]:
@@ -309,9 +333,12 @@ class Containers:
         if run is None or run.attempt != life.attempt or run.state in ("exited", "dead"):
             return run is not None and run.attempt == life.attempt and not life.running
         if run.state == "created":
-            run.state, run.started_at, run.before, record.problem = "running", run.started_at or now(), None, None
+            run.state, run.before, record.problem = "running", None, None
+            run.started_at = max(time_of(life.start_time), run.created_at or "")
         run.pid, run.start_time = life.pid, life.start_time
         self._ledger.note(record)
+        if life.running:
+            self._say_of_log(record, life.log_trouble)
         if not life.running:
             self._tasks.spawn(self._finish(record, life.exit_code, life.finished_at))
         elif run.stop_requested:

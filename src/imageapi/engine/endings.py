@@ -10,6 +10,7 @@ from imageapi.records import AnyRecord, Run
 
 HALTED = (128 + 1, 128 + 2)
 """How a pid namespace ends whose first process called reboot(2): by SIGHUP to restart, by SIGINT to halt."""
+LINES_LOST = "lines of its log are lost"
 
 
 def is_clean(record: AnyRecord, run: Run, exit_code: int | None) -> bool:
@@ -34,4 +35,9 @@ def log_problem(run: Run, trouble: int) -> str | None:
     if not trouble:
         return None
     lost = OSError(trouble, os.strerror(trouble), run.logfile)
-    return from_oserror(lost, "lines of its log are lost").message
+    return from_oserror(lost, LINES_LOST).message
+
+
+def is_log_problem(problem: str) -> bool:
+    """Whether that was said."""
+    return problem.startswith(f"{LINES_LOST}: ")

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import os
+import time
+from datetime import UTC, datetime, timedelta
 
 from imageapi.records import AnyRecord, Run
 
 
 def now() -> str:
     """The time as the API writes it: RFC 3339, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return _written(datetime.now(UTC))
+
+
+def since_boot() -> float:
+    """Seconds, by a clock that all processes share, nobody sets, and that goes on while the host sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def age(start_time: int) -> float:
+    """How long something is there that began so many clock ticks after the boot, in seconds: at most a tick less."""
+    return since_boot() - start_time / os.sysconf("SC_CLK_TCK")
+
+
+def time_of(start_time: int) -> str:
+    """When that was, as `now` would have said it; up to a tick before."""
+    return _written(datetime.now(UTC) - timedelta(seconds=age(start_time)))
+
+
+def _written(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def run_of(record: AnyRecord) -> Run:

@@ -96,7 +96,10 @@ class Reconciler:
         if record.phase is not Phase.LIVE or record.problem is None:
             return False
         bereft = any(self._graph.find(key) is None for key in record.edges())
-        return bereft or (isinstance(record.spec, Container) and NEEDED not in record.problem)
+        if not isinstance(record.spec, Container):
+            return bereft
+        run = record.run and (record.run.before or record.run)
+        return bereft or NEEDED not in record.problem or (run is not None and run.state == "dead")
 
     async def _collect(self) -> None:
         """Undo what was half done, and what nothing needs: the root of an unfinished create has no reference. What an

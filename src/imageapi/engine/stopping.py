@@ -8,10 +8,11 @@ program needs that long to install its handlers. systemd is sent SIGRTMIN+3 (hal
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-import time
 
+from imageapi.engine.lives import age, since_boot
 from imageapi.linux import pidfd
 from imageapi.records import AnyRecord, Run
 from imageapi.runtime.client import Supervisor
@@ -30,20 +31,27 @@ class Stopper:
         self._timeout = timeout
 
     async def stop(self, record: AnyRecord, end: asyncio.Event) -> None:
-        """Have the container end; returns when it has been asked in the last way there is."""
+        """Have the container end; returns when it has been asked in the last way there is.
+
+        Raises: errors.Problem; OSError. Then it is to be called again.
+        """
         run = record.run
         if run is None or run.pid is None:
             return
-        deadline = asyncio.get_running_loop().time() + self._timeout
-        ask = self._halt_systemd if record.spec.systemd else self._terminate
-        try:
-            async with asyncio.timeout_at(deadline):
-                if await ask(record.id, run, run.pid, end):
-                    await end.wait()
-        except TimeoutError:
-            pass
+        if (left := self._left(run)) > 0:
+            ask = self._halt_systemd if record.spec.systemd else self._terminate
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    if await ask(record.id, run, run.pid, end):
+                        await end.wait()
         if not end.is_set():
             await self._supervisor.kill(record.id, run.attempt)
+
+    def _left(self, run: Run) -> float:
+        """The seconds until SIGKILL, however often this was begun, and by whichever server."""
+        if run.stop_asked is None:
+            run.stop_asked = since_boot()
+        return run.stop_asked + self._timeout - since_boot()
 
     async def _halt_systemd(self, container: int, run: Run, pid: int, end: asyncio.Event) -> bool:
         while not pidfd.catches(pid, signal.SIGRTMIN + 3):
@@ -64,8 +72,7 @@ class Stopper:
 
 def _age(run: Run) -> float:
     """How long the first process has surely lived, in seconds: its start is known to a clock tick only."""
-    tick = 1 / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (run.start_time or 0) * tick - tick
+    return age(run.start_time or 0) - 1 / os.sysconf("SC_CLK_TCK")
 
 
 async def _is_set(event: asyncio.Event, within: float) -> bool:

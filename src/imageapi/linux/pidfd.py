@@ -198,8 +198,9 @@ def _takes(thread: str, number: int) -> bool:
 
 
 def _awaits(thread: str, number: int) -> bool:
-    """Whether the thread is within rt_sigtimedwait(2), which takes what it waits for out of SigBlk for the time."""
-    with contextlib.suppress(PermissionError), open(f"{thread}/syscall") as file:
+    """Whether the thread is within rt_sigtimedwait(2), which takes what it waits for out of SigBlk for the time.
+    Not every kernel lets us know, nor every memory (one on a storage that fails is EIO)."""
+    with contextlib.suppress(OSError), open(f"{thread}/syscall") as file:
         call, _, arguments = file.read().partition(" ")
         if call == str(SYS_rt_sigtimedwait):
             with open(f"{thread}/mem", "rb", buffering=0) as memory:
