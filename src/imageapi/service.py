@@ -82,12 +82,12 @@ async def _serve(config: Config, site: Site, given: Given) -> None:
         voice.say(f"STATUS={engine.summary()}")
 
     try:
-        await unless(stop, engine.start(watch))
-        ceilings.warn()
-        _settle()
-        log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
-        voice.ready(f"STATUS={engine.summary()}")
-        await listeners.serve(app(engine, config), stop, rest)
+        if await unless(stop, engine.start(watch)):
+            ceilings.warn()
+            _settle()
+            log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
+            voice.ready(f"STATUS={engine.summary()}")
+            await listeners.serve(app(engine, config), stop, rest)
     finally:
         listeners.close()
         await engine.stop()

@@ -207,6 +207,25 @@ def test_a_store_has_its_places(host: Host) -> None:
     act(scenario)
 
 
+def test_nothing_is_kept_of_a_store_of_which_nothing_is_done(host: Host) -> None:
+    """There may be one with each request: a path, or a host."""
+
+    async def scenario(pool: Pool, jobs: Jobs) -> None:
+        hanging = _fill(pool, host)
+        waiting = Chain("dead", chain("w"))
+        pool.submit(waiting)
+        for number in range(3):
+            assert await jobs.run(f"store {number}", Job("do", "x")) == "X"
+        pool.give_up(waiting)
+        pool.give_up(waiting)
+        host.let_go()
+        assert len([await one.result for one in hanging]) == PER_STORE
+        assert not pool._busy
+        assert not pool._queues
+
+    act(scenario)
+
+
 def test_who_gets_no_place_in_time_is_told_so(host: Host) -> None:
     """It is late like one that hangs, and not given up by its own request: that would be made again for ever."""
 

@@ -50,6 +50,8 @@ class Auditor:
         self._boot_id = boot_id
         self._told: dict[Key, str] = {}
         """What was last said of each object, so that it can be taken back."""
+        self._restored = False
+        """Whether directories were made again whose files are still missing."""
 
     async def follow(self, watch: Watch, *, looked: bool) -> None:
         """Look whenever the host has changed, for ever. The first look may have been `looked` already."""
@@ -78,7 +80,7 @@ class Auditor:
         seconds."""
         if watch is not None:
             watch.arm()
-        restored = self._restore_directories()
+        self._restored |= self._restore_directories()
         try:
             job = Job("audit", self._boot_id, watch.instance if watch else -1)
             seen: Look = await self._jobs.run(APART, job, patience)
@@ -88,8 +90,9 @@ class Auditor:
         if watch is not None:
             watch.keep(seen.watches)
         self._write_again(seen.written)
-        if restored:
+        if self._restored:
             await self._restore_files()
+            self._restored = False
         self._say(dict(self._verdicts(seen.findings)))
         return True
 

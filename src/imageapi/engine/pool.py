@@ -276,9 +276,10 @@ class Pool:
         """Have no job begun any more. The one under way, if there is one, still ends in its own time."""
         if chain.worker is not None:
             chain.worker.give_up()
-        elif chain in (queue := self._queues[chain.store]):
-            queue.remove(chain)
+        elif chain in self._queues.get(chain.store, ()):
+            self._queues[chain.store].remove(chain)
             chain.cancel_from(0)
+            self._tidy(chain.store)
 
     def start_supervisor(self) -> None:
         """Have the supervisor forked; it ends at once where another one lives.
@@ -318,6 +319,13 @@ class Pool:
                 chain.fail(job, _no_worker(error, job))
             else:
                 busy.add(chain)
+        self._tidy(store)
+
+    def _tidy(self, store: str) -> None:
+        """Keep nothing of a store of which nothing is done: there may be a new one with each request."""
+        for table in (self._busy, self._queues):
+            if store in table and not table[store]:
+                del table[store]
 
     def _take_worker(self) -> _Worker:
         """One that waits, or a new one. Raises: OSError, when there can be none."""

@@ -56,11 +56,12 @@ class Tasks:
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
-async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`, but leave off when `stop` comes first."""
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work`, but leave off when `stop` comes first; whether it was done, and there is still no stop."""
     working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if working.done():
         working.result()
     working.cancel()
+    return not stop.is_set()
