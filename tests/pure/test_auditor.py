@@ -22,7 +22,7 @@ def test_files_are_made_again_with_the_first_look_that_succeeds(
 ) -> None:
     """Their directories were, at the one before, and are not missing any more."""
     missing: Iterator[bool] = iter((True, False, False))
-    looks: Iterator[Look | None] = iter((None, Look([], set(), ()), Look([], set(), ())))
+    looks: Iterator[Look | None] = iter((None, Look(set(), [], set()), Look(set(), [], set())))
     restored: list[str] = []
 
     async def look(store: str, job: Any, timeout: float) -> Look:

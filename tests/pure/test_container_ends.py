@@ -16,6 +16,7 @@ from imageapi.engine.engine import Engine
 from imageapi.engine.starts import Starts
 from imageapi.errors import Problem, TimedOut
 from imageapi.linux import pidfd
+from imageapi.linux.libc import SYS_rt_sigtimedwait
 from imageapi.records import AnyRecord, Key, Run
 from imageapi.runtime.protocol import Ended, Life, LogTrouble
 from pure.nests import container, loopback, on, overlay
@@ -193,6 +194,6 @@ def test_a_process_of_which_nothing_can_be_learnt_is_killed_all_the_same(
 
 
 def test_a_thread_whose_memory_cannot_be_read_is_not_known_to_wait_for_a_signal(tmp_path: Path) -> None:
-    (tmp_path / "syscall").write_text(f"{pidfd.SYS_rt_sigtimedwait} 0x1000 0x0\n")
+    (tmp_path / "syscall").write_text(f"{SYS_rt_sigtimedwait} 0x1000 0x0\n")
     (tmp_path / "mem").mkdir()
     assert not pidfd._awaits(str(tmp_path), signal.SIGTERM)

@@ -139,9 +139,11 @@ def test_what_waits_to_be_mended_is_not_when_it_is_deleted(tmp_path: Path, delet
         looking = asyncio.create_task(engine._jobs.drive("observe", record))
         await kernel.begun("observe", IMAGE)
         deletes: list[asyncio.Task[Any]] = []
-        asks = [lambda: engine._mender.is_lost(record), lambda: deletes.append(_delete(engine, made.record.key))]
-        for ask in reversed(asks) if deleted_first else asks:
-            ask()
+        for deleted in (deleted_first, not deleted_first):
+            if deleted:
+                deletes.append(_delete(engine, made.record.key))
+            else:
+                engine._mender.is_lost(record)
             for _ in range(5):
                 await asyncio.sleep(0)
         kernel.hold("release", IMAGE)

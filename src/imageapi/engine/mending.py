@@ -108,7 +108,7 @@ class Mender:
         for kept in (self._told, self._hopeless, self._aside):
             kept.pop(record.key, None)
         helper = record.facts.helper
-        if helper in self._watched:
+        if helper is not None and helper in self._watched:
             self._watched[helper][1].discard(record.key)
             if not self._watched[helper][1]:
                 self._unwatch(helper)
