@@ -198,6 +198,12 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "a name that is a directory": ("container", {"mount": 1, "command": "/x", "name": ".."}, None, "$.name", "'..'"),
     "a field with a long name": (
         "container", {"mount": 1, "command": "/x", "y" * 200: 1}, None, "$." + "y" * 200, "yyy..."),
+    "a field that reads like a place": (
+        "container", {"mount": 1, "command": "/x", "y - at `$.mount": 1}, None, "$.y - at `$.mount", "there are id"),
+    "a field that reads like a place that is none": (
+        "container", {"mount": 1, "command": "/x", "y` - at `evil": 1}, None, "$.y` - at `evil", "there are id"),
+    "a field that reads like a place, deep": (
+        "mount", {"lower": [{"id": 1, "y - at `$": 1}]}, "overlay", "$.lower[0].y - at `$", "there are id"),
     "a boolean for an id": ("mount", {"lower": [True]}, "overlay", "$.lower[0]", "object"),
     "too large an id": ("mount", {"lower": [{"id": 2**31}]}, "overlay", "$.lower[0].id", "2147483647"),
     "a masked secret": ("attach", {**RBD, "options": {"secret": MASK}}, "rbd", "$.options.secret", "by id"),
@@ -329,6 +335,15 @@ def _without_ids(view: Any) -> Any:
     if isinstance(view, dict):
         return {name: _without_ids(value) for name, value in view.items() if name not in ("id", "state")}
     return [_without_ids(item) for item in view] if isinstance(view, list) else view
+
+
+@given(st.text(st.sampled_from("x$.[0]`' -at\n"), max_size=12), st.booleans(), st.booleans())
+def test_no_name_of_a_field_is_taken_for_a_place(name: str, as_path: bool, deep: bool) -> None:
+    name = f"x` - at `{name}" if as_path else f"x{name}"
+    mount = {"id": 1, name: 1} if deep else {"id": 1}
+    problem = refuse("container", {"mount": mount, "command": "/x", **({} if deep else {name: 1})})
+    assert problem.fields["path"] == f"${'.mount' if deep else ''}.{name}"
+    assert problem.message.startswith(f"there is no field '{name}' here")
 
 
 @given(things)

@@ -52,7 +52,7 @@ def convert(raw: Any, target: Any) -> Any:
     try:
         return msgspec.convert(raw, target, dec_hook=spec.decode_hook)
     except msgspec.ValidationError as error:
-        message, path = _taken_apart(str(error))
+        message, path = _taken_apart(str(error), raw, target)
         place = find(target, path)
         for pattern, say in SAYINGS:
             if match := pattern.fullmatch(message):
@@ -61,10 +61,14 @@ def convert(raw: Any, target: Any) -> Any:
         raise Invalid(message[:1].lower() + message[1:], path=path) from None
 
 
-def _taken_apart(complaint: str) -> tuple[str, str]:
-    """The message, and the path."""
+def _taken_apart(complaint: str, raw: Any, target: Any) -> tuple[str, str]:
+    """The message, and the path, which ends a complaint about anything but the whole. A field of the whole has the name
+    that the client chose, which may read like a path."""
+    unknown = set(raw).difference(target.__struct_fields__) if isinstance(raw, dict) else set()
     message, at, path = complaint.rpartition(" - at `")
-    return (message, path.removesuffix("`")) if at else (complaint, "$")
+    if not at or any(complaint == f"Object contains unknown field `{name}`" for name in unknown):
+        return complaint, "$"
+    return message, path.removesuffix("`")
 
 
 _STEP = re.compile(r"\.([A-Za-z_]\w*)")

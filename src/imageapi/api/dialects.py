@@ -56,9 +56,9 @@ class Places:
     def own(self, canonical: str) -> str:
         """The client's path of a canonical one: the nearest place above it that was moved tells."""
         above = canonical
-        while above not in self._moved:
-            above = above[: max(above.rfind("."), above.rfind("["))]
-        return self._moved[above] + canonical[len(above) :]
+        while above and above not in self._moved:
+            above = above[: max(above.rfind("."), above.rfind("["), 0)]
+        return self._moved.get(above, "") + canonical[len(above) :]
 
     def locate(self, problem: Problem) -> Problem:
         """The problem, about the client's own place."""
