@@ -168,8 +168,20 @@ HOSTILE: dict[str, tuple[list[Member], str]] = {
     "an owner": ([Member("a", more={"uid": 1 << 40})], "an owner, a time or an attribute"),
     "another owner": ([Member("a", more={"gid": -2})], "an owner, a time or an attribute"),
     "a strange type": ([Member("a", more={"type": b"Z"})], "has the type b'Z'"),
+    "no time": ([Member("a", pax={"mtime": "nan"})], "a time, a target or an attribute"),
+    "no number": ([Member("a", pax={"mtime": "\u00b2.5"})], "a time, a target or an attribute"),
+    "a time of a directory": ([Member("d/", pax={"mtime": "1e30"})], "'d' has an owner, a time or an attribute"),
+    "a target with a NUL": ([Member("a", symlink="b", pax={"linkpath": "a\0b"})], "a time, a target or an attribute"),
+    "no target": ([Member("a", symlink="")], "'a' is a symbolic link to nothing"),
+    "a link into a directory that is not there": ([Member("a", link="d/b")], "hard link to 'd/b', which is not before"),
+    "an attribute's name": ([Member("a", pax={f"{XATTR}user.a\0b": "x"})], "a time, a target or an attribute"),
+    "an attribute's size": ([Member("a", pax={f"{XATTR}user.a": "x" * 65537})], "attribute that is larger"),
+    "a map of holes": (
+        [Member("a", pax={"GNU.sparse.map": "a,b", "GNU.sparse.numblocks": "1", "GNU.sparse.size": "1"})],
+        "it is damaged after"),
+    "a size of holes": ([Member("a", pax={"GNU.sparse.size": "x"})], "it is damaged after"),
     "a capability that is none": ([Member("a", pax={f"{XATTR}security.capability": "?"})], "an attribute"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -178,6 +190,49 @@ def test_what_leads_out_or_cannot_be_is_refused(bench: Bench, case: str) -> None
     before = sorted(os.listdir("/tmp")), Path("/etc/passwd").stat().st_nlink
     assert words in refused(bench, archive(*members))
     assert (sorted(os.listdir("/tmp")), Path("/etc/passwd").stat().st_nlink) == before
+
+
+def _header(name: str, kind: bytes, size: bytes, tail: bytes = b"") -> bytes:
+    """A header of GNU tar with any twelve bytes for its size, and `tail` for its end."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157], header[512 - len(tail) : 512] = size, kind, tail
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+NEGATIVE = (-2048).to_bytes(12, "big", signed=True)
+NONE = b"%011o\0" % 0
+MORE = bytes(29) + b"\1" + bytes(12) + bytes(17)
+"""The end of the header of a sparse file whose map goes on in the next block."""
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_size_below_nothing_is_refused(bench: Bench, kind: bytes) -> None:
+    assert "size" in refused(bench, PLAIN[:3584] + _header("a", kind, NEGATIVE) + PLAIN[3584:])
+
+
+def test_a_map_of_holes_that_is_cut_off_is_refused(bench: Bench) -> None:
+    cut = _header("a", tarfile.GNUTYPE_SPARSE, NONE, MORE)
+    assert "it is damaged after" in refused(bench, cut)
+
+
+def test_headers_before_headers_have_an_end(bench: Bench) -> None:
+    assert "it is damaged after" in refused(bench, _header("a", tarfile.XHDTYPE, NONE) * 1000 + PLAIN)
+
+
+def test_what_is_said_of_all_members_has_a_bound(bench: Bench) -> None:
+    """Each header is small enough; what they say together is not."""
+    said = [
+        tarfile.TarInfo.create_pax_global_header({f"{number}": "x" * (reading.HEADERS // 3)}) + PLAIN[:3584]
+        for number in range(4)
+    ]
+    assert "the headers of all members" in refused(bench, b"".join(said))
+
+
+def test_of_two_of_one_directory_the_last_time_counts(bench: Bench) -> None:
+    root = unpacked(bench, archive(Member("d/", more={"mtime": 1}), Member("d/a"), Member("d/", more={"mtime": 2})))
+    assert (root / "d").stat().st_mtime == 2
 
 
 def test_a_tree_may_be_deep(bench: Bench) -> None:

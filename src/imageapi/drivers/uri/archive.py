@@ -42,8 +42,10 @@ class Stream:
     def read(self, size: int) -> bytes:
         """So many bytes of a header, or what is left.
 
-        Raises: errors.Invalid, when one member has too many.
+        Raises: errors.Invalid, when one member has too many, or a number that cannot be.
         """
+        if size < 0:
+            raise Invalid("the archive is damaged: the size of a header cannot be")
         self._headers += size
         if self._headers > HEADERS:
             raise Invalid(f"the headers of one member have more than {HEADERS} bytes: it is no archive of an image")
@@ -108,11 +110,12 @@ def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
         archive = tarfile.TarFile(fileobj=cast(IO[bytes], stream), mode="r")
         while (member := archive.next()) is not None:
             found = True
+            _check_common(archive)
             stream.next_member()
             cast(Any, archive).members.clear()  # it would keep them all
             yield member
-    except tarfile.TarError as error:
-        if found:
+    except _DAMAGED as error:
+        if found or not isinstance(error, tarfile.TarError):
             raise Invalid(f"it is damaged after {stream.tell()} bytes: {error}") from None
     if not found:  # an image may begin with zeros, which is how an archive ends
         looks = stream.looks_like()
@@ -120,3 +123,17 @@ def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
     if not stream.ended:
         raise Invalid(f"after {stream.tell()} bytes there is neither a member nor the end: it is damaged, or not whole")
     stream.drain()
+
+
+_DAMAGED = (tarfile.TarError, ValueError, IndexError, RecursionError)
+"""What tarfile raises at headers that cannot be: a number that is none, a map that is cut off, hundreds before one
+member."""
+
+
+def _check_common(archive: tarfile.TarFile) -> None:
+    """What is said of all members that follow is kept, and more is said of them again and again.
+
+    Raises: errors.Invalid, when it is too much.
+    """
+    if sum(len(name) + len(value) for name, value in archive.pax_headers.items()) > HEADERS:
+        raise Invalid(f"the headers of all members have more than {HEADERS} bytes: it is no archive of an image")

@@ -70,7 +70,7 @@ class _Tree:
         self._path = ""
         self._directory = os.open(".", _DIRECTORY, dir_fd=root)
         """The last directory something was made in, and its path: mostly the next is made there, too."""
-        self._times: list[tuple[str, int]] = []
+        self._times: dict[str, int] = {}
         """The directories and their times, which what is made in them would change."""
         self.left_out = 0
 
@@ -79,22 +79,21 @@ class _Tree:
 
     def add(self, member: tarfile.TarInfo, stream: Stream) -> None:
         """Raises: errors.Problem, naming the member; OSError, ENOSPC when there is no room."""
-        try:
+        with _named(member.name):
             self._add(member, stream)
-        except (_Refused, OSError, OverflowError) as error:
-            reason = _reason(error)
-            if reason is None:
-                raise
-            raise Invalid(f"its member '{_legible(member.name)}' {reason}") from None
 
     def finish(self) -> None:
-        """What can only be done when all is there."""
-        for path, moment in reversed(self._times):
-            directory = openat2(self._root, path or ".", _DIRECTORY, _BENEATH)
-            try:
-                os.utime(directory, ns=(moment, moment))
-            finally:
-                os.close(directory)
+        """What can only be done when all is there. Raises: errors.Problem, naming the member; OSError."""
+        for path, moment in self._times.items():
+            with _named(path):
+                self._set_time(path, moment)
+
+    def _set_time(self, path: str, moment: int) -> None:
+        directory = openat2(self._root, path or ".", _DIRECTORY, _BENEATH)
+        try:
+            os.utime(directory, ns=(moment, moment))
+        finally:
+            os.close(directory)
 
     def _add(self, member: tarfile.TarInfo, stream: Stream) -> None:
         if member.isblk() or member.ischr():
@@ -151,20 +150,20 @@ class _Tree:
         """One that is there already gets the owner, mode and time of the later member."""
         directory = self._enter(str(place))
         _describe(directory, member)
-        self._times.append((str(place), _time(member)))
+        self._times[str(place)] = _time(member)
 
     def _link(self, directory: int, place: Place, member: tarfile.TarInfo) -> None:
         """A further name of a member that was there before."""
         target = _place(member.linkname)
-        above = openat2(self._root, target.directory or ".", _DIRECTORY, _BENEATH)
         try:
-            _over(place.name, directory)
-            os.link(target.name, place.name, src_dir_fd=above, dst_dir_fd=directory, follow_symlinks=False)
+            above = openat2(self._root, target.directory or ".", _DIRECTORY, _BENEATH)
+            with contextlib.ExitStack() as opened:
+                opened.callback(os.close, above)
+                _over(place.name, directory)
+                os.link(target.name, place.name, src_dir_fd=above, dst_dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
             linked = _legible(member.linkname)
             raise _Refused(f"is a hard link to '{linked}', which is not before it in the archive") from None
-        finally:
-            os.close(above)
 
 
 # ----------------------------------------------------------------------------------------------------- one member
@@ -259,7 +258,21 @@ def _place(name: str) -> Place:
     return Place("/".join(parts[:-1]), parts[-1] if parts else "")
 
 
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What the archive is refused for within, as a problem of its member `name`."""
+    try:
+        yield
+    except (_Refused, OSError, OverflowError, ValueError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise Invalid(f"its member '{_legible(name)}' {reason}") from None
+
+
 _REASONS = {
+    errno.E2BIG: "has an extended attribute that is larger than the kernel takes",
+    errno.ENOENT: "is a symbolic link to nothing at all",
     errno.ELOOP: "lies behind a symbolic link of the archive, which would lead out of it",
     errno.ENOTDIR: "is a directory, or lies in one, that was something else before in the same archive",
     errno.EFBIG: "is larger than a file can be",
@@ -271,10 +284,12 @@ _REASONS = {
 }
 
 
-def _reason(error: _Refused | OSError | OverflowError) -> str | None:
+def _reason(error: _Refused | OSError | OverflowError | ValueError) -> str | None:
     """What a member is refused for; None when it is nothing that the archive says."""
     if isinstance(error, _Refused):
         return str(error)
+    if isinstance(error, ValueError):
+        return "has a time, a target or an attribute that no file can have"
     number = errno.EINVAL if isinstance(error, OverflowError) else error.errno
     return _REASONS.get(number or 0)
 
