@@ -53,7 +53,7 @@ def read(pid: int | str = "self", mention: str = "") -> list[Mount]:
     """The mounts that `pid` sees; of a host with a thousand, those alone whose line holds `mention` are taken apart
     (more, where the kernel may have written that otherwise). Raises: OSError when the process is gone."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        lines = file.read().splitlines()
+        lines = file.read().split(b"\n")[:-1]  # a path may hold what else divides lines
     wanted = b"" if any(letter in mention for letter in _ESCAPED) else os.fsencode(mention)
     return [_parse(line) for line in lines if wanted in line]
 

@@ -31,7 +31,7 @@ def may_have_written(mountpoint: str, path: str = MOUNT_STATISTICS) -> bool:
     """Whether anything was ever written through the NFS mount at `mountpoint`, a path without symbolic links, since it
     was mounted: if not, the kernel holds nothing for the server. True also when the mount is not found."""
     place = re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", mountpoint)
-    with open(path, errors="surrogateescape") as file:
+    with open(path, errors="surrogateescape", newline="\n") as file:
         found = [part for part in file.read().split("\ndevice ") if f" mounted on {place} with fstype nfs" in part]
     if not found:
         return True
