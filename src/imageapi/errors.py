@@ -24,7 +24,10 @@ from __future__ import annotations
 
 import errno as codes
 import os
+import re
 from typing import Any, ClassVar
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Problem(Exception):
@@ -33,9 +36,9 @@ class Problem(Exception):
     code: ClassVar[int] = 500
 
     def __init__(self, message: str, **fields: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fields = {name: value for name, value in fields.items() if value not in (None, "", [])}
+        self.message = legible(message)
+        super().__init__(self.message)
+        self.fields = {name: _legible_in(value) for name, value in fields.items() if value not in (None, "", [])}
 
     def to_dict(self) -> dict[str, Any]:
         """The body of the answer."""
@@ -137,6 +140,24 @@ CAUSES = {
     codes.ENOENT: "{path} is not there: it was removed, or something is mounted over it (findmnt tells)",
 }
 """What an errno says in the middle of our work, where nobody gave it a better meaning."""
+
+
+def legible(text: str) -> str:
+    """`text` as an answer and a file can hold it: what is no UTF-8 in a name of the host's stands in a str of Python as
+    a surrogate, here as `\\xff`."""
+    return _SURROGATE.sub(lambda found: _spelled(ord(found[0])), text)
+
+
+def _spelled(number: int) -> str:
+    """A surrogate, by the byte that it stands for (PEP 383), if it does for one."""
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"
+
+
+def _legible_in(value: Any) -> Any:
+    """The same for what a field has."""
+    if isinstance(value, list):
+        return [_legible_in(each) for each in value]
+    return legible(value) if isinstance(value, str) else value
 
 
 def from_dict(body: dict[str, Any]) -> Problem:

@@ -24,7 +24,7 @@ from lab.server import FOREVER, SOURCE, Server, box, copy_of_small_image, eventu
 pytestmark = pytest.mark.api
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | bytes | Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -43,9 +43,9 @@ def await_none(server: Server, path: str) -> None:
 
 
 @contextmanager
-def stranger_on(mountpoint: str) -> Iterator[None]:
+def stranger_on(mountpoint: str | bytes, source: bytes = b"stranger") -> Iterator[None]:
     """A mount of somebody else's."""
-    run("mount", "-t", "tmpfs", "stranger", mountpoint)
+    run("mount", "-t", "tmpfs", source, mountpoint)
     try:
         yield
     finally:
@@ -106,6 +106,49 @@ def test_a_foreign_mount_on_ours(server: Server) -> None:
         assert os.path.ismount(made["mountpoint"])
     await_none(server, "/mount/0")
     server.delete("/mount/0")
+
+
+def test_a_foreign_mount_whose_names_are_no_text(server: Server) -> None:
+    """It is told, and neither this server nor the next ends over it."""
+    made = server.post("/mount", squashfs())
+    with stranger_on(made["mountpoint"], b"\xff\r"), stranger_on(f"{made['mountpoint']}".encode(), b"\xfe"):
+        await_problem(server, "/mount/0", "\\xfe (tmpfs) is mounted over")
+        assert server.refused("DELETE", "/mount/0", 409)["holders"] == ["\\xfe (tmpfs)"]
+        server.kill()
+        server.start()
+        await_problem(server, "/mount/0", "\\xfe (tmpfs)")
+        assert [one for one in server.leaks() if "\\xfe" in one["problem"]]
+    server.delete("/mount/0")
+
+
+def test_a_foreign_mount_inside_whose_path_is_no_text(server: Server) -> None:
+    made = server.post("/mount", writable())
+    inside = f"{made['mountpoint']}/".encode() + b"a\r\xff"
+    os.mkdir(inside)
+    with stranger_on(inside):
+        problem = server.refused("DELETE", f"/mount/{made['id']}", 409)
+        assert problem["holders"] == [f"the mount at {made['mountpoint']}/a\r\\xff"]
+        server.kill()
+        server.start()
+    server.clear()
+
+
+@pytest.mark.parametrize("kind", ["overlay", "tmpfs"])
+def test_a_file_system_that_somebody_has_bound_elsewhere(server: Server, tmp_path: Path, kind: str) -> None:
+    """What was written to it is not gone while it can be seen anywhere."""
+    made = server.post("/mount", writable() if kind == "overlay" else {"kind": "tmpfs", "tmpfs": {"size": "1M"}})
+    Path(made["mountpoint"], "file").write_text("written")
+    run("mount", "--bind", made["mountpoint"], tmp_path)
+    try:
+        problem = server.refused("DELETE", f"/mount/{made['id']}", 409)
+        assert problem["holders"] == [f"the mount at {tmp_path}"]
+        assert (tmp_path / "file").read_text() == "written"
+        if kind == "overlay":
+            assert os.path.exists(f"{made['overlay']['upperdir']}/file")
+    finally:
+        run("umount", tmp_path)
+    server.clear()
+    assert os.listdir(server.run_dir / "mounts") == []
 
 
 @pytest.mark.parametrize("kind", ["overlay", "tmpfs"])

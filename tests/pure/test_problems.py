@@ -8,6 +8,7 @@ import time
 import pytest
 
 from imageapi.api import problems
+from imageapi.errors import Problem
 
 pytestmark = pytest.mark.pure
 
@@ -22,3 +23,11 @@ def test_every_answer_has_the_date_of_now() -> None:
     [date] = [line for line in problems.head(200, []).split(b"\r\n") if line.startswith(b"date: ")]
     told = email.utils.parsedate_to_datetime(date.removeprefix(b"date: ").decode()).timestamp()
     assert before <= told <= time.time()
+
+
+def test_what_is_no_text_is_legible_wherever_a_problem_has_it() -> None:
+    problem = Problem("\udcff and \ud800", detail="caf\udce9", holders=["\udc80", "é"], errno=5)
+    assert problem.to_dict() == {
+        "code": 500, "message": "\\xff and \\ud800", "detail": "caf\\xe9", "holders": ["\\x80", "é"], "errno": 5
+    }  # fmt: skip
+    assert str(problem) == problem.message

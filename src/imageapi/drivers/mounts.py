@@ -20,7 +20,7 @@ from imageapi.config import Site
 from imageapi.drivers import holders
 from imageapi.drivers.audit import DELETE, Host, Wrong, gone
 from imageapi.drivers.base import LocalDriver
-from imageapi.errors import Conflict
+from imageapi.errors import Conflict, legible
 from imageapi.linux import mount, mountid, mountinfo, users, ustat
 from imageapi.linux.mountinfo import Mount
 from imageapi.linux.tree import remove_tree
@@ -156,7 +156,7 @@ def _check_top(path: str, stack: list[Mount], *, ours: bool) -> None:
 
 
 def _stranger(top: Mount) -> str:
-    return f"{top.source or 'something'} ({top.fstype})"
+    return f"{legible(top.source) or 'something'} ({top.fstype})"
 
 
 def _over(strange: str, path: str) -> str:
@@ -206,10 +206,21 @@ def _remove_mountpoint(path: str) -> None:
 
 
 def check_gone(what: str, source: str, dev: str | None) -> None:
-    """Raises: errors.Conflict while another mount namespace has a mount of `source`: the file system is still up.
-    `dev`, its st_dev where that is known, spares the search of all namespaces."""
-    if not holders.until(lambda: (dev is not None and ustat.is_up(dev) is False) or not elsewhere(source)):
-        raise holders.busy(what, elsewhere(source))
+    """Raises: errors.Conflict while another mount of `source` is left, here or in another mount namespace: the file
+    system is still up. `dev`, its st_dev where that is known, spares the search of all namespaces."""
+    if not holders.until(lambda: _is_gone(source, dev)):
+        raise holders.busy(what, elsewhere(source), (f"the mount at {each}" for each in _here(source)))
+
+
+def _is_gone(source: str, dev: str | None) -> bool:
+    if dev is not None and ustat.is_up(dev) is False:
+        return True
+    return not (_here(source) or elsewhere(source))
+
+
+def _here(source: str) -> list[str]:
+    """Where `source` is mounted in this mount namespace: a bind of it, or itself when it was moved."""
+    return [each.mountpoint for each in mountinfo.read(mention=source) if each.source == source]
 
 
 def elsewhere(source: str) -> list[int]:

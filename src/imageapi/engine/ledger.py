@@ -179,7 +179,7 @@ class Ledger:
         """Tell of each object what is wrong with it. One whose create is under way is not shown for that."""
         for key in keys:
             if record := self.graph.find(key):
-                self.note(record, problem=problem)
+                self.note(record, problem=errors.legible(problem))
 
     def expose(self, record: AnyRecord, problem: str) -> None:
         """Show an object with what is wrong with it, also when its create has come to nothing."""
