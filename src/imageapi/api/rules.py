@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,7 @@ def _address(address: str, path: str) -> None:
     if MASK in address:
         raise Invalid("this has the mask that answers show; give the whole URI, or refer to the mount by id", path=path)
     found = _ADDRESS.fullmatch(address)
-    if found is None or not _HOST.fullmatch(found["host"] or "localhost") or "%00" in address:
+    if found is None or not _HOST.fullmatch(found["host"] or "localhost") or "%00" in address or not _is_url(address):
         raise Invalid(
             "give https://host/path, http://host/path or file:///path; in it, write what is no letter, digit or part "
             "of the form with % and two digits (a # is %23, a / in a password %2F)",
@@ -149,6 +150,19 @@ def _address(address: str, path: str) -> None:
         )
     if found["host"] is None and "?" in address:
         raise Invalid("a file has no query; write a ? in its name as %3F", path=path)
+
+
+def _is_url(address: str) -> bool:
+    """Whether Python takes it apart: of letters that look like others, or a host that is no IPv6 address, its error has
+    the whole of it, and must not come from where nobody expects one."""
+    from urllib.parse import urlsplit  # see request
+
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname or "", parts.port
+        return ":" not in host or bool(socket.inet_pton(socket.AF_INET6, host))
+    except (ValueError, OSError):
+        return False
 
 
 RULES: dict[type, Callable[[Any, str], None]] = {
