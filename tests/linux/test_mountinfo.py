@@ -30,7 +30,9 @@ def test_a_mount_is_described(run_dir: Path, tmpfs: Path) -> None:
         mount.umount(str(tmpfs / "two"))
 
 
-@pytest.mark.parametrize("name", ["a b", "tab\tand\nline", "back\\slash", "#hash - dash", "caf\udce9", "re\rturn \v\f\x1c"])
+@pytest.mark.parametrize(
+    "name", ["a b", "tab\tand\nline", "back\\slash", "#hash - dash", "caf\udce9", "re\rturn \v\f\x1c"]
+)
 def test_names_are_decoded(tmpfs: Path, name: str) -> None:
     place = tmpfs / name
     place.mkdir()

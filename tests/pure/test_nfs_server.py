@@ -6,7 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
@@ -24,7 +24,7 @@ def reply(call: bytes, accepted: int, results: bytes = b"") -> bytes:
 
 
 @contextlib.contextmanager
-def peer(answer: Callable[[bytes], bytes], family: socket.AddressFamily = socket.AF_INET) -> Iterator[int]:
+def peer(answer: Callable[[bytes], Iterable[int]], family: socket.AddressFamily = socket.AF_INET) -> Iterator[int]:
     """A listener that answers the first call of each connection, byte by byte; its port."""
     with socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family) as listener:
 
@@ -131,6 +131,24 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = refusal(silent.getsockname()[1])
     assert isinstance(problem, TimedOut)
     assert "does not answer at port" in problem.message
+
+
+def test_a_server_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and the reply never."""
+    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    ended = threading.Event()
+
+    def drips(call: bytes) -> Iterator[int]:
+        while not ended.wait(0.01):
+            yield from b"\x80\0\x01\0"
+
+    try:
+        with peer(drips) as port:
+            problem = refusal(port)
+            ended.set()
+    finally:
+        ended.set()
+    assert isinstance(problem, TimedOut)
 
 
 def test_version_3_needs_rpcbind_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

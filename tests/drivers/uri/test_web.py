@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import random
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,51 @@ def test_a_server_that_says_nothing_is_left(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(transport, "PAUSE", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a"
+        assert "the server said nothing" in refused(bench, address, TimedOut).message
+
+
+@contextlib.contextmanager
+def dripping(beginning: bytes, drop: bytes) -> Iterator[str]:
+    """A server that answers with `beginning`, and then drop by drop without end; its address."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    drip(listener.accept()[0])
+
+        def drip(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(beginning)
+                while not ended.wait(0.01):
+                    connection.sendall(drop)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/a"
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "drop"),
+    [(b"HTTP/1.1 200 OK\r\nX-", b"x"), (b"HTTP/1.1 200 OK\r\n", b"X: x\r\n"), (CHUNKED, b"0")],
+    ids=["a header", "headers", "the size of a part"],
+)
+def test_a_server_that_drips_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, beginning: bytes, drop: bytes
+) -> None:
+    """Each piece comes in time; but for the deadline, http.client takes 64 KiB of a line, or 100 of them."""
+    for name, seconds in (("CONNECT", 0.1), ("SILENCE", 0.2), ("PAUSE", 0.0), ("TRIES", 1)):
+        monkeypatch.setattr(transport, name, seconds)
+    with dripping(beginning, drop) as address:
         assert "the server said nothing" in refused(bench, address, TimedOut).message
 
 

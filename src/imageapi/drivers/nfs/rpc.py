@@ -3,8 +3,11 @@ question for a port, to a portmapper (RFC 1833, version 2)."""
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
+import time
+from typing import Self
 
 PORTMAPPER = 100000
 PORTMAPPER_PORT = 111
@@ -39,7 +42,54 @@ class OtherVersions(OSError):
         self.low, self.high = low, high
 
 
-def ping(channel: socket.socket, program: int, version: int) -> None:
+class Channel:
+    """A connection, for which there is so much time, however many pieces a reply comes in."""
+
+    def __init__(self, address: str, port: int, seconds: float) -> None:
+        """Connect; socket.create_connection would load the IDNA codec. Raises: OSError."""
+        self._deadline = time.monotonic() + seconds
+        self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        try:
+            self._in_time().connect((address, port))
+        except OSError:
+            self.close()
+            raise
+        self.own_address = str(self._socket.getsockname()[0])
+        """This host's, as the other end sees it."""
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, data: bytes) -> None:
+        """Raises: OSError."""
+        self._in_time().sendall(data)
+
+    def receive(self, size: int) -> bytes:
+        """Exactly so many bytes. Raises: Absent; OSError."""
+        data = b""
+        while len(data) < size:
+            part = self._in_time().recv(size - len(data))
+            if not part:
+                raise Absent("the connection was closed without a reply")
+            data += part
+        return data
+
+    def _in_time(self) -> socket.socket:
+        """The socket, whose next call ends in time. Raises: TimeoutError."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, "no whole reply in time")
+        self._socket.settimeout(left)
+        return self._socket
+
+
+def ping(channel: Channel, program: int, version: int) -> None:
     """Call a service's procedure that does nothing; it is there when this returns.
 
     Raises: Absent; OtherVersions; OSError.
@@ -47,7 +97,7 @@ def ping(channel: socket.socket, program: int, version: int) -> None:
     _call(channel, program, version, _NULL)
 
 
-def port_of(channel: socket.socket, program: int, version: int, protocol: int) -> int:
+def port_of(channel: Channel, program: int, version: int, protocol: int) -> int:
     """The port that a portmapper has for a service; 0 when it has none. `protocol` is an IPPROTO_*.
 
     Raises: OSError.
@@ -56,28 +106,18 @@ def port_of(channel: socket.socket, program: int, version: int, protocol: int) -
     return int.from_bytes(_call(channel, PORTMAPPER, 2, _GET_PORT, wanted)[:4], "big")
 
 
-def _call(channel: socket.socket, program: int, version: int, procedure: int, arguments: bytes = b"") -> bytes:
+def _call(channel: Channel, program: int, version: int, procedure: int, arguments: bytes = b"") -> bytes:
     call = _HEADER.pack(_XID, _CALL, _RPC_VERSION, program, version, procedure, 0, 0, 0, 0) + arguments
-    channel.sendall(_RECORD.pack(_LAST_FRAGMENT | len(call)) + call)
+    channel.send(_RECORD.pack(_LAST_FRAGMENT | len(call)) + call)
     return _result(_record(channel), version)
 
 
-def _record(channel: socket.socket) -> bytes:
+def _record(channel: Channel) -> bytes:
     """One reply; of more than one fragment there is none this short."""
-    size = _RECORD.unpack(_exactly(channel, _RECORD.size))[0] & ~_LAST_FRAGMENT
+    size = _RECORD.unpack(channel.receive(_RECORD.size))[0] & ~_LAST_FRAGMENT
     if not _STATUS.size <= size <= _LONGEST:
         raise Absent("what answers does not speak RPC")
-    return _exactly(channel, size)
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = channel.recv(size - len(data))
-        if not part:
-            raise Absent("the connection was closed without a reply")
-        data += part
-    return data
+    return channel.receive(size)
 
 
 def _result(reply: bytes, version: int) -> bytes:

@@ -84,21 +84,9 @@ def _resolved(host: str, family: socket.AddressFamily) -> list[str]:
 
 def _ask(address: str, port: int, program: int, version: int, seconds: float) -> str:
     """Raises: rpc.Absent, rpc.OtherVersions, OSError. Returns: this host's address towards it."""
-    with _connected(address, port, seconds) as channel:
+    with rpc.Channel(address, port, seconds) as channel:
         rpc.ping(channel, program, version)
-        return str(channel.getsockname()[0])
-
-
-def _connected(address: str, port: int, seconds: float) -> socket.socket:
-    """A connection; socket.create_connection would load the IDNA codec."""
-    channel = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    try:
-        channel.settimeout(seconds)
-        channel.connect((address, port))
-    except OSError:
-        channel.close()
-        raise
-    return channel
+        return channel.own_address
 
 
 def _check_mount_service(definition: Nfs, chosen: Chosen, address: str) -> None:
@@ -109,7 +97,7 @@ def _check_mount_service(definition: Nfs, chosen: Chosen, address: str) -> None:
     if definition.version != "3" or "mountport" in chosen.own:
         return
     try:
-        _connected(address, rpc.PORTMAPPER_PORT, PATIENCE).close()
+        rpc.Channel(address, rpc.PORTMAPPER_PORT, PATIENCE).close()
     except OSError as error:
         sentence = (
             f"rpcbind of server {definition.host} (port {rpc.PORTMAPPER_PORT}) does not answer, and version 3 asks it "
@@ -152,7 +140,7 @@ def _name(error: OSError) -> str:
 def has_lock_monitor() -> bool:
     """Whether rpc.statd runs on this host: without it the locks of version 3 fail when the first is taken."""
     try:
-        with _connected("127.0.0.1", rpc.PORTMAPPER_PORT, PATIENCE) as channel:
+        with rpc.Channel("127.0.0.1", rpc.PORTMAPPER_PORT, PATIENCE) as channel:
             return rpc.port_of(channel, rpc.STATUS_MONITOR, 1, socket.IPPROTO_UDP) != 0
     except OSError:
         return False

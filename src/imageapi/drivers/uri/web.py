@@ -20,6 +20,7 @@ from urllib3 import exceptions
 from urllib3.response import BaseHTTPResponse
 
 from imageapi import __version__
+from imageapi.drivers.uri import paced
 from imageapi.drivers.uri.source import PIECE, Interrupted
 from imageapi.errors import Invalid, Problem, TimedOut
 
@@ -28,7 +29,8 @@ logging.getLogger("urllib3").propagate = False  # it writes whole addresses
 CONNECT = 3.0
 """Seconds to reach a server."""
 SILENCE = 8.0
-"""Seconds that it may say nothing."""
+"""Seconds that it may say nothing, and, after those for reaching it, all that it has for the head of an answer, wherever
+that leads to."""
 TRIES = 2
 """Of an address that has not brought anything yet."""
 PERSISTENCE = 11.0
@@ -103,7 +105,7 @@ class Web:
 
     def _read(self, answer: BaseHTTPResponse) -> bytes:
         """What has come, as soon as there is something: a slow server is to be seen moving."""
-        with self._transport():
+        with self._transport(SILENCE):
             return answer.read1(PIECE, decode_content=False)
 
     # --------------------------------------------------------------------------------------------- the answer
@@ -152,8 +154,9 @@ class Web:
     def _answer(self, position: int) -> Iterator[BaseHTTPResponse]:
         """The head of the answer to the last of the addresses that one leads to."""
         address, headers = self._address, self._headers(position)
+        end = time.monotonic() + CONNECT + SILENCE
         for _ in range(REDIRECTS + 1):
-            with _manager(address) as manager, closing(self._ask(manager, address, headers)) as answer:
+            with _manager(address) as manager, closing(self._ask(manager, address, headers, end)) as answer:
                 if answer.status not in _REDIRECT:
                     yield answer
                     return
@@ -163,8 +166,8 @@ class Web:
             address = following
         raise Invalid(f"it leads from one address to the next, more than {REDIRECTS} times; give the last")
 
-    def _ask(self, manager: urllib3.PoolManager, address: str, headers: dict[str, str]) -> BaseHTTPResponse:
-        with self._transport():
+    def _ask(self, manager: urllib3.PoolManager, address: str, headers: dict[str, str], end: float) -> BaseHTTPResponse:
+        with self._transport(end - time.monotonic()):
             return manager.request(
                 "GET",
                 _bare(address),
@@ -196,10 +199,11 @@ class Web:
         return following
 
     @contextmanager
-    def _transport(self) -> Iterator[None]:
-        """What goes wrong on the way, in our words."""
+    def _transport(self, seconds: float) -> Iterator[None]:
+        """What goes wrong on the way, in our words; what is read within comes within so many seconds, or is given up."""
         try:
-            yield
+            with paced.within(seconds):
+                yield
         except (exceptions.HTTPError, OSError, ValueError) as error:
             raise self._meaning(error) from None
 
@@ -254,10 +258,10 @@ def _manager(address: str) -> urllib3.PoolManager:
     timeout = urllib3.Timeout(connect=CONNECT, read=SILENCE)
     proxy = getproxies().get(parts.scheme)
     if proxy is None or proxy_bypass(parts.hostname or ""):
-        return urllib3.PoolManager(timeout=timeout)
+        return paced.pace(urllib3.PoolManager(timeout=timeout))
     login = urlsplit(proxy).netloc.rpartition("@")[0]
     headers = urllib3.make_headers(proxy_basic_auth=unquote(login)) if login else None
-    return urllib3.ProxyManager(_bare(proxy), proxy_headers=headers, timeout=timeout)
+    return paced.pace(urllib3.ProxyManager(_bare(proxy), proxy_headers=headers, timeout=timeout))
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
