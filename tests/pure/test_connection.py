@@ -18,6 +18,7 @@ import imageapi.api.connection
 from imageapi.api.app import app
 from imageapi.api.connection import Connections
 from imageapi.api.listen import Listeners
+from imageapi.api.problems import Json
 from imageapi.api.request import App
 from imageapi.config import Config
 from pure.memory_engine import MemoryEngine
@@ -39,9 +40,10 @@ uvloop.new_event_loop().close()
 class Service:
     """A server on a port of loopback, in a thread of its own."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, application: App | None = None, **config: Any) -> None:
         self.engine = MemoryEngine()
         self._config = Config(schemes=("http",), host="127.0.0.1", port=0, **config)
+        self._application = application or app(self.engine, self._config)
         self._listeners = Listeners(self._config)
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
@@ -49,7 +51,7 @@ class Service:
     async def _serve(self) -> None:
         self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._up.set()
-        await self._listeners.serve(app(self.engine, self._config), self._stop)
+        await self._listeners.serve(self._application, self._stop)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -296,6 +298,36 @@ def test_a_client_that_still_sends_can_read_why_it_should_not(service: Service) 
         peer.send(b" " * 30_000_000)
         code, problem = peer.answer()
         assert (code, "10000" in problem["message"]) == (413, True)
+
+
+async def _long(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with more than all buffers between hold."""
+    await Json("x" * 20_000_000)(scope, receive, send)
+
+
+def _ask_and_rest(service: Service, peer: Peer) -> None:
+    """Ask for a last answer, and do not read on for longer than it takes a timer to fire that was set before."""
+    peer.send(GET[:-2] + b"Connection: close\r\n\r\n")
+    assert peer.socket.recv(1, socket.MSG_PEEK) == b"H"
+    later = threading.Event()
+    service.call(service.loop.call_later, 0.2, later.set)
+    assert later.wait(PATIENCE)
+
+
+def test_a_last_answer_is_not_cut_off_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long that may take is the write timeout's; the client is waited for only after that."""
+    monkeypatch.setattr(imageapi.api.connection, "LINGER", 0.05)
+    with Service(_long) as service, service.connect() as peer:
+        _ask_and_rest(service, peer)
+        assert peer.answer() == (200, "x" * 20_000_000)
+        assert peer.at_end()
+
+
+def test_a_last_answer_that_nobody_reads_is_given_up() -> None:
+    with Service(_long, write_timeout=0.1) as service, service.connect() as peer:
+        _ask_and_rest(service, peer)
+        with contextlib.suppress(ConnectionError):
+            assert sum(map(len, iter(lambda: peer.socket.recv(1 << 20), b""))) < 20_000_000
 
 
 def test_a_client_that_waits_to_be_told_to_go_on(service: Service) -> None:

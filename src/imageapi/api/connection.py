@@ -23,7 +23,7 @@ from imageapi.config import Config
 from imageapi.errors import Exhausted, HeadersTooLarge, Malformed, Problem, TooSlow
 
 LINGER = 5.0
-"""Seconds for which a connection whose last answer is sent is read on, so that the client can read the answer."""
+"""Seconds for which a connection is read on once its last answer is sent, so that the client can read the answer."""
 REST = 2.0
 """Seconds without a request, after which the server is at rest."""
 RESERVE = 256
@@ -325,6 +325,7 @@ class Connection(asyncio.Protocol):
         self._writable.set()
         if self._writing is not None:
             self._writing.cancel()
+        self._transport.written()
 
     async def drained(self) -> None:
         """Wait until the client has taken what was written."""
@@ -368,12 +369,25 @@ class Lingering:
         return self._ending or self._transport.is_closing()
 
     def close(self) -> None:
+        """End when all is sent, which the protocol hears then, and no sooner."""
         if self.is_closing():
             return
         self._ending = True
+        unsent = 0
         with contextlib.suppress(OSError, RuntimeError):  # the client has gone already
             self._transport.write_eof()
             self._transport.resume_reading()
+            self._transport.set_write_buffer_limits(0)
+            unsent = self._transport.get_write_buffer_size()
+        if not unsent:
+            self._linger()
+
+    def written(self) -> None:
+        """The client's system has taken what was said."""
+        if self._ending and not self._transport.is_closing():
+            self._linger()
+
+    def _linger(self) -> None:
         self._loop.call_later(LINGER, self._transport.abort)
 
     def end(self) -> None:
