@@ -29,8 +29,8 @@ logging.getLogger("urllib3").propagate = False  # it writes whole addresses
 CONNECT = 3.0
 """Seconds to reach a server."""
 SILENCE = 8.0
-"""Seconds that it may say nothing, and, after those for reaching it, all that it has for the head of an answer, wherever
-that leads to."""
+"""Seconds that it may say nothing, and, after those for reaching it, all that it has for the head of an answer, also
+where that leads elsewhere."""
 TRIES = 2
 """Of an address that has not brought anything yet."""
 PERSISTENCE = 11.0
@@ -200,7 +200,7 @@ class Web:
 
     @contextmanager
     def _transport(self, seconds: float) -> Iterator[None]:
-        """What goes wrong on the way, in our words; what is read within comes within so many seconds, or is given up."""
+        """What goes wrong on the way, in our words. What is read within must be there in so many seconds."""
         try:
             with paced.within(seconds):
                 yield
