@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from drivers.bench import Bench, Made, place, standing
 from imageapi.api import rules
 from imageapi.config import Site
+from imageapi.drivers.overlayfs import upper
 from imageapi.drivers.overlayfs.upper import VOLATILE
 from imageapi.errors import Conflict, Exhausted, Invalid, Problem
 from imageapi.linux import mount
@@ -83,7 +85,7 @@ def test_a_lower_within_another_is_refused(bench: Bench, run_dir: Path) -> None:
     (run_dir / "outer/inner").mkdir(parents=True)
     outer = bench.acquire(bench.bind(str(run_dir / "outer")))
     inner = bench.acquire(bench.bind(str(run_dir / "outer/inner")))
-    with pytest.raises(Invalid, match="lies within another"):
+    with pytest.raises(Invalid, match="lies in what is"):
         bench.acquire(bench.overlay(inner, outer))
 
 
@@ -216,6 +218,33 @@ def test_one_mount_has_room_for_the_writes_of_several(bench: Bench) -> None:
     assert (place(disk) / "a/upper/data/message").read_text() == "first"
     assert (place(disk) / "b/c:d,e/upper/data/message").read_text() == "second"
     assert second.facts.upperdir == os.path.realpath(place(disk) / "b/c:d,e/upper")
+
+
+@pytest.mark.parametrize("path", ["/a//b", "a/./b/", "./a/b/."])
+def test_a_place_may_be_spelled_in_several_ways(bench: Bench, run_dir: Path, path: str) -> None:
+    lower = run_dir / "lower"
+    lower.mkdir(mode=0o751)
+    disk = bench.disk()
+    record = bench.acquire(bench.overlay(bench.acquire(bench.bind(str(lower))), upper=disk, upper_path=path))
+    assert record.facts.upperdir == f"{place(disk)}/a/b/upper"
+    assert place(record).stat().st_mode & 0o7777 == 0o751
+    with pytest.raises(Invalid, match="lies in what is"):
+        bench.acquire(bench.overlay(bench.mounted(), disk, upper=disk, upper_path=f"c/{path}"))
+    assert not (place(disk) / "c").exists()
+
+
+def test_a_lock_that_somebody_keeps_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upper, "PATIENCE", 0.05)
+    disk = bench.disk()
+    (place(disk) / "a/upper").mkdir(parents=True)
+    directory = os.open(place(disk) / "a/upper", os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_SH)
+        with pytest.raises(Conflict, match="keeps a lock on '/a/upper'"):
+            bench.acquire(bench.overlay(bench.mounted(), upper=disk, upper_path="a"))
+    finally:
+        os.close(directory)
+    bench.acquire(bench.overlay(bench.mounted(), upper=disk, upper_path="a"))
 
 
 def test_its_root_looks_like_its_lowers_until_it_was_changed(bench: Bench, run_dir: Path) -> None:

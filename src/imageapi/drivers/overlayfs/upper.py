@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from imageapi.drivers import mounts
+from imageapi.drivers import holders, mounts
 from imageapi.errors import Conflict, Exhausted, Invalid, Problem
 from imageapi.linux import mountinfo, syncfs
 from imageapi.linux.mountinfo import Mount
@@ -28,6 +28,9 @@ from imageapi.spec import Overlay
 
 VOLATILE = "work/incompat/volatile"
 """The directory in the work directory by which the kernel knows an upper whose last user did not sync."""
+PATIENCE = 5.0
+"""Seconds for which another overlay that is just being made may have the directories; a mount takes milliseconds. Who
+else writes to that mount can keep a lock for ever."""
 _INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV
 
 
@@ -71,7 +74,7 @@ def inside(undo: ExitStack, opened: ExitStack, definition: Overlay, on: AnyRecor
     top = mountinfo.place(on.facts.mountpoint)
     if os.statvfs(top).f_flag & os.ST_RDONLY:
         raise Invalid(f"{on.key} is read-only, and an upper is written", path="$.upper")
-    place = posixpath.join(top, (definition.upper_path or "/").strip("/")).rstrip("/")
+    place = posixpath.normpath(posixpath.join(top, (definition.upper_path or "/").strip("/")))
     try:
         found = Upper(*(_directory(undo, opened, top, f"{place}/{name}", lowers[0]) for name in ("upper", "work")))
     except OSError as error:
@@ -98,8 +101,18 @@ def _directory(undo: ExitStack, opened: ExitStack, top: str, path: str, like: st
                 _look_like(reached, like)
         fd = openat2(fd, name, os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
         opened.callback(os.close, fd)
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    if not holders.until(lambda: _locked(fd), PATIENCE):
+        sentence = f"another program keeps a lock on '{path.removeprefix(top)}' in that mount (flock(2)); end it there"
+        raise Conflict(f"{sentence}, or choose another upper_path", path="$.upper_path", holders=[f"a lock on {path}"])
     return reached
+
+
+def _locked(directory: int) -> bool:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_made(path: str, *, whole: bool) -> None:
