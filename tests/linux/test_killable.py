@@ -28,7 +28,7 @@ def test_what_the_call_does_is_done_when_it_returns(tmp_path: Path) -> None:
     assert (tmp_path / "made").is_dir()
 
 
-@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOENT, errno.ENOTRECOVERABLE])
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOENT, errno.ENOTRECOVERABLE, 255, 512, 524])
 def test_the_errno_of_the_call_is_raised_about_what_it_was(number: int) -> None:
     with pytest.raises(OSError) as caught:
         killable.call(lambda: raising(number), 20, "something")

@@ -103,6 +103,11 @@ def test_what_mount_nfs_would_add_is_added(definition: Nfs, words: list[str]) ->
     assert told(definition) == words
 
 
+def test_a_cache_is_shared_however_that_is_said() -> None:
+    for definition, shared in ((export(), False), (export("nosharecache"), False), (export("noac,sharecache"), True)):
+        assert options.shares_cache(definition) == shared
+
+
 def test_ro_is_the_mounts_however_it_is_said() -> None:
     assert options.choose(export()).flags == 0
     assert options.choose(export(ro=True)).flags == mount.MS_RDONLY

@@ -12,6 +12,7 @@ import os
 import pickle
 import select
 import signal
+import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +20,10 @@ from typing import Any
 from imageapi.linux.pidfd import pidfd_open
 from imageapi.linux.process import die_with_parent
 
-_BUG = 255
-"""The exit status of a child whose call failed by something else than the kernel; an errno is its own status."""
+_DONE, _REFUSED, _BUG = range(3)
+"""The exit status of a child: its call is done, has failed with an errno, which it has written to a pipe (NFS has some
+that are too large for a status), or by something else than the kernel."""
+_ERRNO = struct.Struct("i")
 
 
 def call(action: Callable[[], object], seconds: float, what: str) -> None:
@@ -30,26 +33,40 @@ def call(action: Callable[[], object], seconds: float, what: str) -> None:
     Raises: OSError about `what`, as the action raised it; TimeoutError when it was killed.
     """
     parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        os._exit(_outcome(action, parent))
-    status = _await(child, seconds)
-    if os.WIFSIGNALED(status):
-        raise TimeoutError(errno.ETIMEDOUT, f"not done within {seconds:g}s", what)
-    if number := os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"{what}: a bug") if number == _BUG else OSError(number, os.strerror(number), what)
+    ours, theirs = os.pipe()
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(_outcome(action, parent, theirs))
+        status = _await(child, seconds)
+        if os.WIFSIGNALED(status):
+            raise TimeoutError(errno.ETIMEDOUT, f"not done within {seconds:g}s", what)
+        _check_outcome(os.waitstatus_to_exitcode(status), ours, what)
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
-def _outcome(action: Callable[[], object], parent: int) -> int:
+def _outcome(action: Callable[[], object], parent: int, pipe: int) -> int:
     try:
         die_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
             action()
     except OSError as error:
-        return error.errno or _BUG
+        os.write(pipe, _ERRNO.pack(error.errno or 0))
+        return _REFUSED
     except BaseException:
         return _BUG
-    return 0
+    return _DONE
+
+
+def _check_outcome(status: int, pipe: int, what: str) -> None:
+    """Raises: OSError, as the child's action did."""
+    if status == _REFUSED:
+        (number,) = _ERRNO.unpack(os.read(pipe, _ERRNO.size))
+        raise OSError(number, os.strerror(number), what)
+    if status != _DONE:
+        raise RuntimeError(f"{what}: a bug")
 
 
 def _await(child: int, seconds: float) -> int:

@@ -92,7 +92,7 @@ def release(record: AnyRecord, site: Site) -> None:
     if found is not None and not nfs.is_off(found.dev) and nfs.may_have_written(found.mountpoint):
         _write_back(record, found)
     mounts.release(record, site, unmount=unmount)
-    if dev is not None and "sharecache" not in record.definition.options:
+    if dev is not None and not options.shares_cache(record.definition):
         _check_gone(record, dev)
 
 

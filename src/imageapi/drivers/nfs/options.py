@@ -126,6 +126,11 @@ def read_only(definition: Nfs) -> bool:
     return definition.ro or bool(mount.split_options(definition.options)[0] & mount.MS_RDONLY)
 
 
+def shares_cache(definition: Nfs) -> bool:
+    """Whether other mounts of the export may be the same file system of the kernel's."""
+    return any("sharecache" in mount.at_commas(item) for item in definition.options)
+
+
 def keeps_locks_here(chosen: Chosen) -> bool:
     """Whether the options say that all locks of a version 3 mount are this host's own business."""
     return "nolock" in chosen.own or chosen.own.get("local_lock") == "all"

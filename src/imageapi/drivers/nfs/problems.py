@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 
+from imageapi.drivers import mount_options
 from imageapi.drivers.nfs import server
 from imageapi.errors import Exhausted, Invalid, Problem, TimedOut, Unsupported
-from imageapi.linux import mount
+from imageapi.linux import killable, mount
 from imageapi.spec import Nfs
+
+EXPLAIN_SECONDS = 3.0
+"""Seconds for the kernel to say what it has against the options, for which it may ask the server once more."""
 
 
 def explain(error: OSError, definition: Nfs, fs_type: str, data: str) -> Problem:
@@ -34,6 +39,8 @@ def explain(error: OSError, definition: Nfs, fs_type: str, data: str) -> Problem
                 f"'{path}' on server {host} is no directory: give the one it is in; an image in it is a 'loopback'"
             )
             return Invalid(sentence, path="$.path", errno=name)
+        case errno.E2BIG:
+            return mount_options.too_long("$.options")
         case errno.ENAMETOOLONG:
             return Invalid(f"'{path}' is longer than NFS allows", path="$.path", errno=name)
         case _:
@@ -76,10 +83,17 @@ def _refused_options(error: OSError, definition: Nfs, fs_type: str, data: str) -
         if part in (asked.get(option) or ""):
             sentence = f"option '{option}={asked[option]}' needs {service}: see that it runs on this host"
             return Unsupported(sentence, path=_place(definition, option), errno=name)
-    words = mount.explain(fs_type, server.source(definition), asked) or "it gives no reason"
+    words = _explained(fs_type, server.source(definition), asked) or "it gives no reason"
     named = next((option for option in asked if option in words), "")
     path = _place(definition, named) if named else "$.options"
     return Unsupported(f"this kernel refuses the options: {words}; leave that one out", path=path, errno=name)
+
+
+def _explained(fs_type: str, source: str, asked: dict[str, str | None]) -> str:
+    """What the kernel says of it; "" when it says nothing, or waits for the server to say it."""
+    question = partial(mount.explain, fs_type, source, asked)
+    answer = killable.ask({"words": question}, EXPLAIN_SECONDS)["words"]
+    return answer if isinstance(answer, str) else ""
 
 
 def _place(definition: Nfs, option: str) -> str:
