@@ -288,7 +288,7 @@ class Uri(Spec, frozen=True):
     """An archive or image fetched into memory, from the first of the URIs that serves it."""
 
     uri: Addresses
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}\Z")] | None = None
     max_size: Annotated[int, Meta(ge=1)] | None = None
     format: Literal["tar", "squashfs", "erofs", "ext4"] | None = None
 

@@ -15,7 +15,7 @@ from imageapi import spec
 from imageapi.api import dialects, views
 from imageapi.engine.graph import Graph, Picture
 from imageapi.engine.plan import Plan, plan
-from imageapi.errors import Conflict, Invalid, Problem, Unsupported
+from imageapi.errors import Conflict, Invalid, NotFound, Problem, Unsupported
 from imageapi.records import AnyRecord, Phase, Record, Run
 from imageapi.spec import MASK, Attach, Attachment, Container, Loopback, Mount, Object, Overlay, Rbd
 from pure.nests import answers, container, on, overlay, rbd, things
@@ -156,7 +156,6 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "lists in lists": ("mount", {"lower": [[[1]]]}, "overlay", "$.lower[0]", "an object, not an array"),
     "an id that is a string": ("mount", {"lower": [{"id": "1"}]}, "overlay", "$.lower[0].id", "a whole number"),
     "an id that is a fraction": ("mount", {"lower": [{"id": 1.5}]}, "overlay", "$.lower[0].id", "a whole number"),
-    "too large an id, bare": ("mount", {"lower": [0, 2**80]}, "overlay", "$.lower[1]", "2147483647 or less"),
     "a negative id": ("mount", {"rbd_id": -1, "fs_type": "x"}, "rbd", "$.rbd_id", "0 or more"),
     "a negative id, the tutorial's way": ("mount", {"id": -1, "fs_type": "x"}, "rbd", "$.id", "0 or more"),
     "a reference at the top": ("mount", {"mount_id": 3}, None, "$.mount_id", "leave it out"),
@@ -187,6 +186,8 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "an empty secret": (
         "attach", {"initiator": "a", "target": "b", "host": "c", "chap": {"user": "u", "secret": ""}}, "iscsi",
         "$.chap.secret", "empty"),
+    "a checksum that ends a line": (
+        "mount", {"uri": "http://x", "sha256": "a" * 64 + "\n"}, "uri", "$.sha256", "64 hexadecimal"),
     "a checksum": ("mount", {"uri": "http://x", "sha256": "abc"}, "uri", "$.sha256", "64 hexadecimal"),
     "a state that is no word": ("container", {"mount": 1, "command": "/x", "state": "flying"}, None, "$.state",
                                 "'created' or 'running'"),
@@ -205,7 +206,6 @@ REFUSED: dict[str, tuple[str, Any, str | None, str, str]] = {
     "a field that reads like a place, deep": (
         "mount", {"lower": [{"id": 1, "y - at `$": 1}]}, "overlay", "$.lower[0].y - at `$", "there are id"),
     "a boolean for an id": ("mount", {"lower": [True]}, "overlay", "$.lower[0]", "object"),
-    "too large an id": ("mount", {"lower": [{"id": 2**31}]}, "overlay", "$.lower[0].id", "2147483647"),
     "a masked secret": ("attach", {**RBD, "options": {"secret": MASK}}, "rbd", "$.options.secret", "by id"),
     "a secret that is none": ("attach", {**RBD, "options": {"secret": "%%%"}}, "rbd", "$.options.secret", "base64"),
     "a masked CHAP secret": (
@@ -226,6 +226,22 @@ def test_what_is_refused_is_named_in_the_clients_own_place(name: str) -> None:
     collection, body, kind, path, words = REFUSED[name]
     problem = refuse(collection, body, kind)
     assert (problem.fields["path"], words in problem.message) == (path, True), problem.message
+
+
+NOWHERE: list[tuple[str, Any, str | None, str, str]] = [
+    ("mount", {"lower": [0, 2**80]}, "overlay", "$.lower[1]", "there is no mount"),
+    ("mount", {"lower": [{"id": 2**31}]}, "overlay", "$.lower[0].id", "there is no mount"),
+    ("mount", {"rbd_id": 2**31, "fs_type": "x"}, "rbd", "$.rbd_id", "there is no attach"),
+    ("container", {"mount": 2**31, "command": "/x"}, None, "$.mount", "there is no mount"),
+]
+
+
+@pytest.mark.parametrize(("collection", "body", "kind", "path", "words"), NOWHERE)
+def test_an_id_that_no_object_can_have_is_not_found(
+    collection: str, body: Any, kind: str | None, path: str, words: str
+) -> None:
+    problem = refuse(collection, body, kind, NotFound)
+    assert (problem.fields["path"], words in problem.message) == (path, True)
 
 
 @pytest.mark.parametrize("namespaces", [None, ["mnt", "pid", "uts", "ipc"], ["ipc", "mnt", "pid", "uts"]])

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 
 from imageapi import spec
-from imageapi.errors import Invalid
+from imageapi.errors import Invalid, NotFound
 from imageapi.spec import Container, Mount, Tmpfs, Uri
 
 FIELDS: dict[tuple[type, str], str] = {
@@ -47,13 +47,15 @@ class Place(NamedTuple):
 def convert(raw: Any, target: Any) -> Any:
     """`raw` as a spec.
 
-    Raises: errors.Invalid with the canonical path.
+    Raises: errors.Invalid with the canonical path; errors.NotFound for an id that no object can have.
     """
     try:
         return msgspec.convert(raw, target, dec_hook=spec.decode_hook)
     except msgspec.ValidationError as error:
         message, path = _taken_apart(str(error), raw, target)
         place = find(target, path)
+        if place.field == "id" and _TOO_LARGE.fullmatch(message):
+            raise NotFound(f"there is no {place.struct.COLLECTION} with such an id", path=path) from None
         for pattern, say in SAYINGS:
             if match := pattern.fullmatch(message):
                 said, step = say(match, place)
@@ -71,6 +73,7 @@ def _taken_apart(complaint: str, raw: Any, target: Any) -> tuple[str, str]:
     return message, path.removesuffix("`")
 
 
+_TOO_LARGE = re.compile(r"Expected `int` <= \d+")
 _STEP = re.compile(r"\.([A-Za-z_]\w*)")
 
 
