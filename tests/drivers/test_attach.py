@@ -71,6 +71,13 @@ def test_an_option_the_kernel_refuses_is_named(bench: Bench) -> None:
     assert refusal.value.code == 422
 
 
+def test_more_options_than_the_kernel_takes_are_refused(bench: Bench) -> None:
+    on = bench.acquire(bench.loopback("ext4", ro=False))
+    with pytest.raises(Invalid, match="longer than the kernel takes") as refusal:
+        bench.acquire(bench.attach(on, "ext4", ["commit=5"] * 500))
+    assert refusal.value.fields["path"] == "$.mount_options"
+
+
 @pytest.mark.parametrize("fs_type", ["squashfs", "erofs", "ext4", "xfs", "btrfs"])
 def test_every_flag_that_is_listed_is_one_of_the_kernels(fs_type: str) -> None:
     """As its own parser sees it, which is asked without a device. Names that it no longer has are its affair: of those

@@ -31,6 +31,14 @@ def test_a_nul_byte_is_refused_rather_than_cut_at(run_dir: Path) -> None:
         mount.umount(f"{run_dir}\0/elsewhere")
 
 
+def test_options_of_a_page_are_refused_rather_than_cut_off(run_dir: Path) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    for size, wanted in ((page - 1, errno.ENOENT), (page, errno.E2BIG)):
+        with pytest.raises(OSError) as refusal:
+            mount.mount("none", f"{run_dir}/missing", "tmpfs", 0, "x" * size)
+        assert (refusal.value.errno, refusal.value.filename) == (wanted, f"{run_dir}/missing")
+
+
 def test_umount_takes_the_topmost(spot: Path) -> None:
     mount.mount("ours", str(spot), "tmpfs", 0, None)
     mount.mount("a-strangers", str(spot), "tmpfs", 0, None)

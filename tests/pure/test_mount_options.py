@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from imageapi.drivers import mount_options
+from imageapi.drivers import filesystem_options, mount_options
 from imageapi.drivers.mount_options import DEVICES, Option
 from imageapi.errors import Invalid
 from imageapi.linux import mount
@@ -34,6 +34,32 @@ def test_flags_are_told_from_the_file_systems_own_options_in_their_order() -> No
         mount.MS_RDONLY | mount.MS_NOEXEC,
         "depth=3,owner,mode=fast,owner=me",
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "fs_type"),
+    [
+        ('subvol="x,device=/dev/vdb,subvol=y"', "btrfs"),
+        ('subvol="x', "btrfs"),
+        ('iocharset="a,b"', "vfat"),
+        ('context="a,device=/dev/vdb,b"', "btrfs"),
+        ('context="a,abort,b"', "ext4"),
+        ('name="a,b=c,d"', "somefs"),
+        ('"a,b,c"', "somefs"),
+        ('"a,device=/dev/vdb,b"=c', "somefs"),
+    ],
+)
+def test_no_quotes_hide_an_option_that_the_kernel_would_see(option: str, fs_type: str) -> None:
+    with pytest.raises(Invalid, match=r"has no such option|its value must be"):
+        mount_options.read([option], filesystem_options.table(fs_type), fs_type, "$.options")
+
+
+@pytest.mark.parametrize(
+    "label", ["system_u:object_r:x_t:s0", '"a_u:b_r:c_t:s0:c1,c2"', '"a:b:c:s0:c1.c3,c7-s1:c1,c9"']
+)
+def test_a_label_may_have_categories(label: str) -> None:
+    _, own = mount_options.read([f"context={label}"], filesystem_options.table("ext4"), "ext4", "$.options")
+    assert [str(each) for each in own] == [f"context={label}"]
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,14 @@ _ALL = {
     "msdos": _FAT,
 }
 
-_TEXT = re.compile(r"[^\0]+")
+_TEXT = re.compile(r'[^\0",]+')
+_LABEL = re.compile(r'[^\0",]+|"[\w:.-]+(?:,c\d[\w:.-]*)*"')
+"""Within quotes a label has categories behind commas, as s0:c1,c2: without SELinux the kernel divides there."""
 _FORMS = {
     "NUMBER": Option(range(1 << 32)),
     "OCTAL": Option(re.compile(r"0?[0-7]{1,4}"), "rights in octal, as 0755"),
     "SIZE": Option(re.compile(r"[0-9]{1,15}[KkMmGg]?"), "a size in bytes, or with K, M or G"),
-    "TEXT": Option(_TEXT, "a text"),
+    "TEXT": Option(_TEXT, "a text without commas and quotes"),
 }
 
 _OTHER_DEVICE = "it names another device of the host, which would be used behind this service's back; leave it out"
@@ -80,7 +82,9 @@ _HARMFUL = {
     "offset": _PARTITION,
     "sizelimit": _PARTITION,
 }
-_LABELS = dict.fromkeys(("context", "defcontext", "fscontext", "rootcontext"), _FORMS["TEXT"])
+_LABELS = dict.fromkeys(
+    ("context", "defcontext", "fscontext", "rootcontext"), Option(_LABEL, "a label, in quotes if it has commas")
+)
 """SELinux labels (mount(8)), for any file system."""
 
 
@@ -89,7 +93,7 @@ def table(fs_type: str) -> dict[str, Option]:
     """The options of a file system. Of one that is not listed all that does no harm is left to the kernel."""
     common = {**{name: Option(refused=reason) for name, reason in _HARMFUL.items()}, **_LABELS}
     if fs_type not in _ALL:
-        return {**common, "*": Option(_TEXT, optional=True)}
+        return {**common, "*": _FORMS["TEXT"]._replace(optional=True)}
     return {**common, **dict(map(_option, _ALL[fs_type].split()))}
 
 

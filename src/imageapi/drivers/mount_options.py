@@ -4,7 +4,7 @@ of its own; anything else is refused with its place in the request and the name 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from imageapi.errors import Invalid
@@ -35,6 +35,8 @@ class Given(NamedTuple):
         return self.name if self.value is None else f"{self.name}={self.value}"
 
 
+DIVIDING = frozenset('",')
+"""What no option's name may hold: mount(2) takes all options in one text, and divides it at commas, in quotes, too."""
 DEVICES = Option(refused="device nodes of an image mean nothing here; leave it out")
 """Why `dev` is given to no file system."""
 
@@ -59,7 +61,7 @@ def read(options: Sequence[str], table: Mapping[str, Option], what: str, field: 
 def check(each: Given, table: Mapping[str, Option], what: str) -> None:
     """Raises: errors.Invalid, when the table has no such option, or not with this value. Its option `*` is any."""
     option = table.get(each.name, table.get("*"))
-    if option is None:
+    if option is None or DIVIDING.intersection(each.name):
         _refuse(each, f"{what} has no such option{_meant(each.name, table)}")
     elif option.refused:
         _refuse(each, option.refused)
@@ -67,9 +69,10 @@ def check(each: Given, table: Mapping[str, Option], what: str) -> None:
         _refuse(each, wrong)
 
 
-def data(options: Iterable[Given]) -> str:
-    """The options as mount(2) takes them."""
-    return ",".join(map(str, options))
+def too_long(field: str) -> Invalid:
+    """The refusal of options that mount(2) does not take for their length."""
+    sentence = "all options together are longer than the kernel takes, which is one page of memory; leave some out"
+    return Invalid(sentence, path=field, errno="E2BIG")
 
 
 def _each(options: Sequence[str], field: str) -> Iterator[Given]:

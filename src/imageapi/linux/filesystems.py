@@ -21,6 +21,11 @@ def known() -> dict[str, bool]:
     return {name: first != "nodev" for first, name in lines}
 
 
+def lack(fstype: str) -> str:
+    """The sentence for a type that the kernel has not, and what to do."""
+    return f"this kernel has no file system '{fstype}', nor a module of it: 'modprobe {fstype}' must succeed"
+
+
 def needs_device(fstype: str) -> bool | None:
     """Whether `fstype` needs a block device; None when the kernel has no such type, nor a module for it: asking by
     fsopen(2) makes the kernel load one."""

@@ -36,7 +36,6 @@ MS_NODEV = 1 << 2
 MS_NOEXEC = 1 << 3
 MS_SYNCHRONOUS = 1 << 4
 MS_REMOUNT = 1 << 5
-MS_MANDLOCK = 1 << 6
 MS_DIRSYNC = 1 << 7
 MS_NOSYMFOLLOW = 1 << 8
 MS_NOATIME = 1 << 10
@@ -56,23 +55,19 @@ MS_LAZYTIME = 1 << 25
 
 MNT_FORCE = 1
 MNT_DETACH = 2
-MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
 
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
-MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_NODIRATIME = 0x80
 MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-MOVE_MOUNT_F_SYMLINKS = 0x1
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 MOVE_MOUNT_T_SYMLINKS = 0x10
-MOVE_MOUNT_T_EMPTY_PATH = 0x40
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG = 0
@@ -83,9 +78,13 @@ FSCONFIG_CMD_CREATE = 6
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None) -> None:
     """mount(2). `data` is the file system's own options, joined by commas, less than one page.
 
-    Raises: OSError about the target, `filename2` the source; Explained at the ceiling of mounts.
+    Raises: OSError about the target, `filename2` the source; E2BIG for options that the kernel would cut off without a
+    word; Explained at the ceiling of mounts.
     """
-    result = libc.mount(encode(source), encode(target), encode(fstype), flags, encode(data))
+    options = encode(data)
+    if options is not None and len(options) >= os.sysconf("SC_PAGE_SIZE"):
+        raise OSError(errno.E2BIG, "the mount options have a page or more", target, None, source)
+    result = libc.mount(encode(source), encode(target), encode(fstype), flags, options)
     try:
         check(result, target, source)
     except OSError as error:

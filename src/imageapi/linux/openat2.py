@@ -13,7 +13,6 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
-RESOLVE_CACHED = 0x20
 
 _ATTEMPTS = 128
 """A rename or mount anywhere on the host while ".." is resolved answers EAGAIN: the kernel could not tell."""

@@ -103,11 +103,7 @@ def _check_type(fs_type: str) -> None:
     needs = filesystems.needs_device(fs_type)
     if needs is None:
         known = ", ".join(sorted(name for name, on_device in filesystems.known().items() if on_device))
-        raise Unsupported(
-            f"this kernel has no file system '{fs_type}', nor a module of it: 'modprobe {fs_type}' must succeed; at "
-            f"present it has {known}",
-            path="$.fs_type",
-        )
+        raise Unsupported(f"{filesystems.lack(fs_type)}; at present it has {known}", path="$.fs_type")
     if not needs:
         raise Invalid(f"'{fs_type}' is no file system of block devices", path="$.fs_type")
 
@@ -181,6 +177,10 @@ def _refusal(error: OSError, wanted: _Wanted, words: str) -> Problem | None:
         case errno.EBUSY:
             sentence = f"{device} is mounted with other options already, or held by another program"
             return Conflict(sentence, holders=_mounted_at(device), **fields)
+        case errno.E2BIG:
+            from imageapi.drivers import mount_options
+
+            return mount_options.too_long("$.mount_options")
         case errno.EROFS | errno.EACCES:
             return Invalid(
                 f"the {fs_type} file system must be repaired before it is mounted, and {device} is read-only: attach "

@@ -32,7 +32,7 @@ class Driver(MountDriver):
 
     def acquire(self, record: AnyRecord, inputs: Sequence[AnyRecord], site: Site) -> Facts:
         if filesystems.needs_device("overlay") is None:
-            raise Unsupported("this kernel has no overlay file system; 'modprobe overlay' must succeed")
+            raise Unsupported(filesystems.lack("overlay"))
         definition: Overlay = record.definition
         lowers = _check_lowers(inputs[: len(definition.lower)])
         with ExitStack() as undo, ExitStack() as opened:

@@ -93,8 +93,7 @@ def _facts(path: str, found: Mount) -> Facts:
 
 def _check_kernel(fs_type: str) -> None:
     if filesystems.needs_device(fs_type) is None:
-        sentence = f"this kernel has no file system '{fs_type}'; 'modprobe {fs_type}' must succeed"
-        raise Unsupported(sentence, path="$.format")
+        raise Unsupported(filesystems.lack(fs_type), path="$.format")
 
 
 # ---------------------------------------------------------------------------------------------- the fetching
