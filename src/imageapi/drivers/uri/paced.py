@@ -54,7 +54,7 @@ class _Reader(io.RawIOBase):
         if left <= 0:
             raise TimeoutError(errno.ETIMEDOUT, "it did not come whole in time")
         self._channel.settimeout(min(left, self._silence or left))
-        return self._raw.readinto(buffer)  # type: ignore[no-any-return, attr-defined]
+        return self._raw.readinto(buffer)
 
     def close(self) -> None:
         self._raw.close()
