@@ -84,10 +84,26 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.logs_dir}/{container}-{created}.log"
 
 
+class Tls(msgspec.Struct, frozen=True, kw_only=True):
+    """The https listener. `certificate`, `key` and `ca` are files; the limits are those of plain http where they are
+    None."""
+
+    host: str = "localhost"
+    port: int = 8443
+    certificate: str | None = None
+    key: str | None = None
+    ca: str | None = None
+    listen_limit: int | None = None
+    keep_alive: float | None = None
+    read_timeout: float | None = None
+    write_timeout: float | None = None
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be chosen. Times are seconds, sizes bytes."""
 
     schemes: tuple[str, ...] = ("unix",)
+    tls: Tls = Tls()
     host: str = "localhost"
     port: int = 8080
     socket_path: str = DEFAULT_SOCKET
@@ -112,6 +128,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     environment_file: str | None = None
     shutdown: bool = False
     check: bool = False
+
+    def over_tls(self) -> Config:
+        """The same, with the limits of the https listener."""
+        own = {
+            name: getattr(self.tls, name) for name in ("listen_limit", "keep_alive", "read_timeout", "write_timeout")
+        }
+        return msgspec.structs.replace(self, **{name: value for name, value in own.items() if value is not None})
 
     def site(self, instance: str) -> Site:
         return Site(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imageapi import __version__
-from imageapi.config import DEFAULT_RUN_DIR, DEFAULT_SOCKET, Config
+from imageapi.config import DEFAULT_RUN_DIR, DEFAULT_SOCKET, Config, Tls
 
 LOG_LEVELS = {
     "PANIC": 50,
@@ -108,13 +108,6 @@ def _log_level(text: str) -> int:
     return LOG_LEVELS[text.upper()]
 
 
-TLS_OPTIONS = (
-    *("host", "port", "certificate", "key", "ca"),
-    *("listen-limit", "keep-alive", "read-timeout", "write-timeout"),
-)
-"""Accepted, so that existing unit files start; they mean something once there is a TLS listener."""
-
-
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     def env(name: str, otherwise: str) -> str:
         """An empty variable is none."""
@@ -176,8 +169,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     where.add_argument("--write-timeout", type=_argument(_limit), default="60s", help="to write an answer (60s)")
     where.add_argument("--max-header-size", type=_argument(size), default="1000000", help="of a request (1000000)")
     where.add_argument("--max-body-size", type=_argument(size), default="1000000", help="of a request (1000000)")
-    for option in TLS_OPTIONS:
-        where.add_argument(f"--tls-{option}", help=argparse.SUPPRESS)
+    _add_tls(where.add_argument, environment)
 
     work = parser.add_argument_group("work")
     work.add_argument(
@@ -244,6 +236,22 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_tls(add: Callable[..., Any], environment: Mapping[str, str]) -> None:
+    """The options of the https listener, and the variables of existing unit files."""
+    host, port = environment.get("TLS_HOST") or "localhost", environment.get("TLS_PORT") or "8443"
+    add("--tls-host", type=_argument(_host), default=host, help="the https listener's ($TLS_HOST, else localhost)")
+    add("--tls-port", type=_argument(_port), default=port, help="its port; 0: a free one ($TLS_PORT, else 8443)")
+    for name, variable, what in (
+        ("certificate", "TLS_CERTIFICATE", "file with its certificate, and those between it and its authority"),
+        ("key", "TLS_PRIVATE_KEY", "file with the certificate's key"),
+        ("ca", "TLS_CA_CERTIFICATE", "file with the authorities one of which must have signed a client's certificate"),
+    ):
+        add(f"--tls-{name}", default=environment.get(variable) or None, metavar="FILE", help=f"{what} (${variable})")
+    add("--tls-listen-limit", type=_argument(_whole), help="as --listen-limit, over https (the same)")
+    for name in ("keep-alive", "read-timeout", "write-timeout"):
+        add(f"--tls-{name}", type=_argument(_limit), help=f"as --{name}, over https (the same)")
+
+
 def variables(text: str) -> dict[str, str]:
     """What an environment file says, as systemd.exec(5) has it, without lines that go on in the next one.
 
@@ -262,8 +270,9 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     parser = _parser(environment)
     chosen = vars(parser.parse_args(arguments))
     schemes = tuple(dict.fromkeys(chosen.pop("schemes") or ("unix",)))
-    if "https" in schemes:
-        parser.error("--scheme https: this version has no TLS listener yet; use unix, or http on loopback")
     values = {name: value for name, value in chosen.items() if not name.startswith("tls_")}
+    tls = Tls(**{name.removeprefix("tls_"): value for name, value in chosen.items() if name not in values})
+    if "https" in schemes and not (tls.certificate and tls.key):
+        parser.error("--scheme https: give --tls-certificate and --tls-key, or use unix, or http on loopback")
     values["allowed_hosts"] = tuple(values["allowed_hosts"])
-    return Config(schemes=schemes, **values)
+    return Config(schemes=schemes, tls=tls, **values)

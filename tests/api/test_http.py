@@ -17,6 +17,7 @@ import pytest
 
 from lab.machine import Machine
 from lab.server import Server, eventually, lent, running, shared, squashfs
+from lab.web import make_certificate
 
 pytestmark = pytest.mark.api
 
@@ -221,6 +222,24 @@ def start(*options: str, **environment: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-m", "imageapi.server", *options],
         capture_output=True, text=True, timeout=20, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+def test_over_tls_a_client_with_a_certificate_is_answered(run_dir: Path, tmp_path: Path) -> None:
+    server_file, client_file = (make_certificate(tmp_path / f"{name}.pem") for name in ("server", "client"))
+    files = ("--tls-certificate", server_file, "--tls-key", server_file, "--tls-ca", client_file)
+    with running(run_dir, "--scheme", "https", "--scheme", "unix", "--tls-port", "0", *map(str, files)) as server:
+        found = eventually(lambda: re.findall(r"https://127\.0\.0\.1:(\d+)", server.log.read_text()), "it listens")
+        url = f"https://localhost:{found[-1]}/imageapi/v1/container"
+        asked = ["curl", "-sS", "--cacert", server_file, url]
+        known = subprocess.run([*asked, "--cert", client_file], check=True, capture_output=True, timeout=20)
+        assert json.loads(known.stdout) == []
+        unknown = subprocess.run(asked, check=False, capture_output=True, timeout=20)
+        assert (unknown.returncode != 0, unknown.stdout) == (True, b"")
+
+
+def test_a_server_without_tls_has_none_in_memory(tcp: Tcp) -> None:
+    assert tcp.say(REQUEST.format("localhost", "").encode()).status == 200
+    assert "libssl" not in Path(f"/proc/{tcp.server.pid}/maps").read_text()
 
 
 def test_plain_http_stays_on_loopback(run_dir: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from imageapi.config import Config, Site
+from imageapi.config import Config, Site, Tls
 from imageapi.options import NO_LIMIT, duration, parse, size
 from imageapi.records import Key
 
@@ -46,14 +46,25 @@ SAID: list[tuple[list[str], dict[str, str], dict[str, Any]]] = [
     ([], {"HOST": "", "PORT": "", "IMAGEAPI_LOGLEVEL": ""}, {}),
     (["--tls-host=a", "--tls-port=1", "--tls-certificate=/c", "--tls-key=/k", "--tls-ca=/a", "--tls-listen-limit=1",
       "--tls-keep-alive=3m", "--tls-read-timeout=1s", "--tls-write-timeout=1s"],
+     {"TLS_HOST": "b", "TLS_PORT": "2", "TLS_CERTIFICATE": "/d", "TLS_PRIVATE_KEY": "/d", "TLS_CA_CERTIFICATE": "/d"},
+     {"tls": Tls(host="a", port=1, certificate="/c", key="/k", ca="/a", listen_limit=1, keep_alive=180.0,
+                 read_timeout=1.0, write_timeout=1.0)}),
+    (["--scheme=https"],
      {"TLS_HOST": "a", "TLS_PORT": "1", "TLS_CERTIFICATE": "/c", "TLS_PRIVATE_KEY": "/k", "TLS_CA_CERTIFICATE": "/a"},
-     {}),
+     {"schemes": ("https",), "tls": Tls(host="a", port=1, certificate="/c", key="/k", ca="/a")}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "environment", "chosen"), SAID)
 def test_what_is_said_is_chosen(arguments: list[str], environment: dict[str, str], chosen: dict[str, Any]) -> None:
     assert parse(arguments, environment) == Config(**chosen)
+
+
+def test_the_limits_over_tls_are_the_others_where_none_are_given() -> None:
+    chosen = parse(["--read-timeout=7s", "--listen-limit=3", "--tls-listen-limit=2", "--tls-keep-alive=9s"], {})
+    over = chosen.over_tls()
+    assert (over.read_timeout, over.listen_limit, over.keep_alive, over.write_timeout) == (7.0, 2, 9.0, 60.0)
+    assert (chosen.listen_limit, chosen.keep_alive) == (3, 180.0)
 
 
 @pytest.mark.parametrize("option", ["read", "write", "operation"])
@@ -73,8 +84,8 @@ def test_the_levels_of_the_go_service(level: str, number: int) -> None:
 
 
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
-    (["--scheme=https"], {}, "no TLS listener yet; use unix"),
-    (["--scheme=http", "--scheme=https"], {}, "no TLS listener yet"),
+    (["--scheme=https"], {}, "give --tls-certificate and --tls-key"),
+    (["--scheme=http", "--scheme=https", "--tls-certificate=/c"], {}, "give --tls-certificate and --tls-key"),
     (["--scheme=gopher"], {}, "'http', 'https', 'unix'"),
     (["--port=65536"], {}, "'65536' is no port"),
     (["--port=-1"], {}, "'-1' is no port"),

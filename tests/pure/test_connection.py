@@ -42,7 +42,7 @@ class Service:
 
     def __init__(self, application: App | None = None, **config: Any) -> None:
         self.engine = MemoryEngine()
-        self._config = Config(schemes=("http",), host="127.0.0.1", port=0, **config)
+        self._config = Config(**{"schemes": ("http",), "host": "127.0.0.1", "port": 0, **config})
         self._application = application or app(self.engine, self._config)
         self._listeners = Listeners(self._config)
         self._up = threading.Event()
@@ -76,16 +76,20 @@ class Service:
         assert self.engine.gate is not None
         self.call(self.engine.gate.set)
 
-    def begin(self) -> Peer:
+    def begin(self, peer: Peer | None = None) -> Peer:
         """A client whose create has come to the engine's gate, and waits there."""
         self.engine.gate = asyncio.Event()
-        peer = self.connect()
+        peer = peer or self.connect()
         peer.send(CREATE)
         asyncio.run_coroutine_threadsafe(self.engine.arrived.wait(), self.loop).result(PATIENCE)
         return peer
 
+    @property
+    def port(self) -> int:
+        return int(self._listeners.names[0].rpartition(":")[2])
+
     def connect(self) -> Peer:
-        return Peer(socket.create_connection(("127.0.0.1", int(self._listeners.names[0].rpartition(":")[2])), PATIENCE))
+        return Peer(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
 
     def say(self, *parts: bytes) -> tuple[int, Any]:
         """Status and JSON of the answer to these bytes on a connection of their own."""
@@ -100,7 +104,7 @@ class Peer:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self._data = b""
+        self._data = bytearray()
 
     def __enter__(self) -> Self:
         return self
@@ -114,17 +118,18 @@ class Peer:
     def answer(self) -> tuple[int, Any]:
         """The next answer."""
         while (match := HEAD.match(self._data)) is None:
-            self._receive()
+            self.receive()
         assert b"content-type: application/json\r\n" in match[0]
         end = match.end() + int(match[2])
         while len(self._data) < end:
-            self._receive()
+            self.receive()
         body, self._data = self._data[match.end() : end], self._data[end:]
         return int(match[1]), json.loads(body)
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Read on."""
         more = self.socket.recv(65536)
-        assert more, f"it was closed after {self._data!r}"
+        assert more, f"it was closed after {bytes(self._data)!r}"
         self._data += more
 
     def at_end(self) -> bool:
@@ -300,15 +305,15 @@ def test_a_client_that_still_sends_can_read_why_it_should_not(service: Service) 
         assert (code, "10000" in problem["message"]) == (413, True)
 
 
-async def _long(scope: Any, receive: Any, send: Any) -> None:
+async def long(scope: Any, receive: Any, send: Any) -> None:
     """Answers with more than all buffers between hold."""
     await Json("x" * 20_000_000)(scope, receive, send)
 
 
-def _ask_and_rest(service: Service, peer: Peer) -> None:
+def ask_and_rest(service: Service, peer: Peer) -> None:
     """Ask for a last answer, and do not read on for longer than it takes a timer to fire that was set before."""
     peer.send(GET[:-2] + b"Connection: close\r\n\r\n")
-    assert peer.socket.recv(1, socket.MSG_PEEK) == b"H"
+    peer.receive()
     later = threading.Event()
     service.call(service.loop.call_later, 0.2, later.set)
     assert later.wait(PATIENCE)
@@ -317,15 +322,15 @@ def _ask_and_rest(service: Service, peer: Peer) -> None:
 def test_a_last_answer_is_not_cut_off_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long that may take is the write timeout's; the client is waited for only after that."""
     monkeypatch.setattr(imageapi.api.connection, "LINGER", 0.05)
-    with Service(_long) as service, service.connect() as peer:
-        _ask_and_rest(service, peer)
+    with Service(long) as service, service.connect() as peer:
+        ask_and_rest(service, peer)
         assert peer.answer() == (200, "x" * 20_000_000)
         assert peer.at_end()
 
 
 def test_a_last_answer_that_nobody_reads_is_given_up() -> None:
-    with Service(_long, write_timeout=0.1) as service, service.connect() as peer:
-        _ask_and_rest(service, peer)
+    with Service(long, write_timeout=0.1) as service, service.connect() as peer:
+        ask_and_rest(service, peer)
         with contextlib.suppress(ConnectionError):
             assert sum(map(len, iter(lambda: peer.socket.recv(1 << 20), b""))) < 20_000_000
 

@@ -23,7 +23,7 @@ def app(engine: Engine, config: Config) -> App:
         if said is not None:
             await said(scope, receive, send)
 
-    return Guard(inner, {config.host, *config.allowed_hosts})
+    return Guard(inner, {config.host, config.tls.host, *config.allowed_hosts})
 
 
 def _nowhere(path: str) -> Json:

@@ -34,9 +34,21 @@ LAST_WORDS = 1.0
 """Seconds at the end of the server for requests that were cancelled to say so, and for clients to hear it."""
 
 
+class Kind:
+    """Connections over one scheme: `open` of them, of which there may be `most`, for the reason `why`."""
+
+    def __init__(self, scheme: str, limits: Config, room: int, option: str, otherwise: str) -> None:
+        """`room` is how many there can be at all, and `otherwise` why it is no more."""
+        self.scheme = scheme
+        self.limits = limits
+        self.most = min(limits.listen_limit or room, room)
+        self.why = f"the {option}" if self.most == limits.listen_limit else otherwise
+        self.open = 0
+
+
 class Connections:
-    """The connections of one server, `most` at once, and the requests that are being answered. `at_rest` is called once
-    when there has been no request for REST seconds."""
+    """The connections of one server, and the requests that are being answered. `at_rest` is called once when there has
+    been no request for REST seconds."""
 
     def __init__(self, app: App, config: Config, at_rest: Callable[[], None] = lambda: None) -> None:
         self.config = config
@@ -50,28 +62,31 @@ class Connections:
         self._empty = asyncio.Event()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = descriptors - min(RESERVE, descriptors // 2)
-        self.most = min(config.listen_limit or room, room)
+        why = f"what LimitNOFILE={descriptors} allows"
+        self._plain = Kind("http", config, room, "--listen-limit", why)
+        self._secured = Kind("https", config.over_tls(), room, "--tls-listen-limit", why)
         self._full = room + (descriptors - room) // REFUSED
         self.crowded, self.roomy = asyncio.Event(), asyncio.Event()
         """No further connection is to be let in, or one may be again; there may be more, from before that is heard."""
         self.roomy.set()
-        self.why = (
-            "the --listen-limit" if self.most == config.listen_limit else f"what LimitNOFILE={descriptors} allows"
-        )
 
     def new(self) -> Connection:
-        return Connection(self)
+        return Connection(self, self._plain)
 
-    def enter(self, connection: Connection) -> int:
-        """One has been made; how many there are."""
+    def new_over_tls(self) -> Connection:
+        return Connection(self, self._secured)
+
+    def enter(self, connection: Connection, kind: Kind) -> None:
+        """One has been made."""
         self._open.add(connection)
+        kind.open += 1
         if len(self._open) == self._full:
             self.crowded.set()
             self.roomy.clear()
-        return len(self._open)
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Connection, kind: Kind) -> None:
         self._open.discard(connection)
+        kind.open -= 1
         if len(self._open) < self._full and self.crowded.is_set():
             self.crowded.clear()
             self.roomy.set()
@@ -140,9 +155,10 @@ class Part(Enum):
 class Connection(asyncio.Protocol):
     """The requests of one client. `_due` are those that are not answered yet, of which the first is being so."""
 
-    def __init__(self, all: Connections) -> None:
+    def __init__(self, all: Connections, kind: Kind) -> None:
         self._all = all
-        self._limits = all.config
+        self._kind = kind
+        self._limits = kind.limits
         self._loop = all.loop
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -165,8 +181,9 @@ class Connection(asyncio.Protocol):
         self._transport = Lingering(transport, self._loop)
         name = transport.get_extra_info("sockname")
         self._server = name[:2] if isinstance(name, tuple) else None
-        if self._all.enter(self) > self._all.most:
-            self._refuse(Exhausted(f"{self._all.most} connections are open, which is {self._all.why}; close one"))
+        self._all.enter(self, self._kind)
+        if self._kind.open > self._kind.most:
+            self._refuse(Exhausted(f"{self._kind.most} connections are open, which is {self._kind.why}; close one"))
         else:
             self._expect_request()
 
@@ -176,7 +193,7 @@ class Connection(asyncio.Protocol):
         for exchange in self._due:
             exchange.leave()
         del self._parser, self._current  # both hold this connection
-        self._all.leave(self)
+        self._all.leave(self, self._kind)
 
     def shutdown(self) -> None:
         """Close when all that is due is answered."""
@@ -238,7 +255,7 @@ class Connection(asyncio.Protocol):
         path = url.path.decode("ascii")
         return {
             "type": "http",
-            "scheme": "http",
+            "scheme": self._kind.scheme,
             "server": self._server,
             "method": self._parser.get_method().decode("ascii"),
             "path": _unquoted(path) if "%" in path else path,

@@ -8,8 +8,8 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from imageapi.api.connection import Connections
 from imageapi.api.guard import is_loopback
@@ -18,7 +18,14 @@ from imageapi.config import Config
 from imageapi.engine.tasks import unless
 from imageapi.errors import Conflict, Invalid
 
+if TYPE_CHECKING:
+    import ssl
+
 BACKLOG = 2048
+BEYOND_TLS = (
+    "is not loopback, and whoever reaches it is root here; have clients show a certificate (--tls-ca), or say "
+    "--insecure-http"
+)
 BEYOND = (
     "is not loopback, and whoever reaches plain http is root here; choose localhost or a Unix socket, or say "
     "--insecure-http"
@@ -27,24 +34,46 @@ LOCALHOST = [(int(socket.AF_INET), "127.0.0.1"), (int(socket.AF_INET6), "::1")]
 """What localhost is, also where no file says so (RFC 6761, 6.3)."""
 
 
+class Listener(NamedTuple):
+    """One socket, and what is spoken on it: `unix` and `http` are plain, `https` is not."""
+
+    socket: socket.socket
+    scheme: str
+
+    @property
+    def name(self) -> str:
+        """How a client calls it."""
+        address = self.socket.getsockname()
+        if isinstance(address, str):
+            return f"unix:{address}"
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return f"{self.scheme}://{host}:{address[1]}"
+
+
 class Listeners:
     """The sockets of one server, bound from the start and gone at the end. Where sockets are `given`, those are all."""
 
     def __init__(self, config: Config, given: Sequence[socket.socket] = ()) -> None:
         """Raises: errors.Problem, when one cannot be had."""
         self._config = config
-        self._sockets = [_checked(one, config) for one in given]
+        self._all = [Listener(_checked(one, config), "http") for one in given]
         self._own: tuple[int, int] | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for scheme in () if given else config.schemes:
-                self._sockets.extend([self._unix()] if scheme == "unix" else _http(config))
+                self._all += [Listener(one, scheme) for one in self._bound(scheme)]
+            self._tls = _context(config) if any(one.scheme == "https" for one in self._all) else None
             undo.pop_all()
+
+    def _bound(self, scheme: str) -> Iterable[socket.socket]:
+        if scheme == "unix":
+            return [self._unix()]
+        return _http(self._config) if scheme == "http" else _https(self._config)
 
     @property
     def names(self) -> list[str]:
         """How a client calls each."""
-        return [_name(one) for one in self._sockets]
+        return [one.name for one in self._all]
 
     async def serve(self, app: App, stop: asyncio.Event, at_rest: Callable[[], None] = lambda: None) -> None:
         """Answer requests until `stop`, then let those under way end. `at_rest` is as for Connections."""
@@ -55,9 +84,11 @@ class Listeners:
     async def _let_in(self, connections: Connections) -> NoReturn:
         """Take connections, for ever, as long as there are descriptors for them; otherwise they wait in the kernel. A
         copy of each socket accepts them, since it is closed with its server."""
-        new, loop = connections.new, asyncio.get_running_loop()
+        loop, new = asyncio.get_running_loop(), self._makers(connections)
         while True:
-            servers = [await loop.create_server(new, sock=one.dup(), backlog=BACKLOG) for one in self._sockets]
+            servers = [
+                await loop.create_server(new[one.scheme], sock=one.socket.dup(), backlog=BACKLOG) for one in self._all
+            ]
             try:
                 await connections.crowded.wait()
             finally:
@@ -65,10 +96,19 @@ class Listeners:
                     server.close()
             await connections.roomy.wait()
 
+    def _makers(self, connections: Connections) -> dict[str, Callable[[], asyncio.Protocol]]:
+        """What makes a connection over each scheme."""
+        plain = {"unix": connections.new, "http": connections.new}
+        if (tls := self._tls) is None:
+            return plain
+        from imageapi.api.secure import Secured
+
+        return {**plain, "https": lambda: Secured(connections.new_over_tls(), tls, connections.loop)}
+
     def close(self) -> None:
         """Close all, and remove the socket file if it is still ours."""
-        for one in self._sockets:
-            one.close()
+        for one in self._all:
+            one.socket.close()
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(self._config.socket_path)
             if self._own == (status.st_dev, status.st_ino):
@@ -131,37 +171,51 @@ def _checked(given: socket.socket, config: Config) -> socket.socket:
 
 
 def _http(config: Config) -> Iterator[socket.socket]:
-    """A listener on each address of the host, all on one port."""
-    port = config.port
-    for family, address in _addresses(config):
+    return _on_all(config.host, config.port, "", None if config.insecure_http else BEYOND)
+
+
+def _https(config: Config) -> Iterator[socket.socket]:
+    known = config.tls.ca is not None or config.insecure_http
+    return _on_all(config.tls.host, config.tls.port, "tls-", None if known else BEYOND_TLS)
+
+
+def _context(config: Config) -> ssl.SSLContext:
+    from imageapi.api import secure  # no other listener has use for it
+
+    return secure.context(config.tls)
+
+
+def _on_all(host: str, port: int, options: str, beyond: str | None) -> Iterator[socket.socket]:
+    """A listener on each address of the host, all on one port. `options`: what the names of its options begin with."""
+    for family, address in _addresses(host, f"--{options}host", beyond):
         try:
             listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
         except OSError as error:
-            raise Invalid(f"--port {port}: {error.strerror or error} ({address})") from error
+            raise Invalid(f"--{options}port {port}: {error.strerror or error} ({address})") from error
         port = listener.getsockname()[1]
         yield listener
 
 
-def _addresses(config: Config) -> list[tuple[int, str]]:
+def _addresses(host: str, option: str, beyond: str | None) -> list[tuple[int, str]]:
     """The addresses of the listening host that this machine has.
 
-    Raises: Invalid, when there is none, or when plain http would be heard beyond loopback.
+    Raises: Invalid, when there is none, or when it would be heard beyond loopback, and `beyond` says why not.
     """
-    addresses = LOCALHOST if config.host == "localhost" else _resolve(config.host)
-    beyond = [address for _, address in addresses if not is_loopback(address)]
-    if beyond and not config.insecure_http:
-        raise Invalid(f"--host {config.host} ({', '.join(beyond)}) {BEYOND}")
+    addresses = LOCALHOST if host == "localhost" else _resolve(host, option)
+    heard = [address for _, address in addresses if not is_loopback(address)]
+    if heard and beyond is not None:
+        raise Invalid(f"{option} {host} ({', '.join(heard)}) {beyond}")
     usable = [(family, address) for family, address in addresses if _can_bind(family, address)]
     if not usable:
-        raise Invalid(f"--host {config.host}: this machine does not have the address {addresses[0][1]}")
+        raise Invalid(f"{option} {host}: this machine does not have the address {addresses[0][1]}")
     return usable
 
 
-def _resolve(host: str) -> list[tuple[int, str]]:
+def _resolve(host: str, option: str) -> list[tuple[int, str]]:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise Invalid(f"--host {host}: {error.strerror or error}") from error
+        raise Invalid(f"{option} {host}: {error.strerror or error}") from error
     return list(dict.fromkeys((int(family), str(address[0])) for family, _, _, _, address in found))
 
 
@@ -172,10 +226,3 @@ def _can_bind(family: int, address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _name(listener: socket.socket) -> str:
-    address = listener.getsockname()
-    if isinstance(address, str):
-        return f"unix:{address}"
-    return f"http://[{address[0]}]:{address[1]}" if ":" in address[0] else f"http://{address[0]}:{address[1]}"
