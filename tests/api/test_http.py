@@ -230,8 +230,8 @@ def test_over_tls_a_client_with_a_certificate_is_answered(run_dir: Path, tmp_pat
     with running(run_dir, "--scheme", "https", "--scheme", "unix", "--tls-port", "0", *map(str, files)) as server:
         found = eventually(lambda: re.findall(r"https://127\.0\.0\.1:(\d+)", server.log.read_text()), "it listens")
         url = f"https://localhost:{found[-1]}/imageapi/v1/container"
-        asked = ["curl", "-sS", "--cacert", server_file, url]
-        known = subprocess.run([*asked, "--cert", client_file], check=True, capture_output=True, timeout=20)
+        asked = ["curl", "-sS", "--cacert", str(server_file), url]
+        known = subprocess.run([*asked, "--cert", str(client_file)], check=True, capture_output=True, timeout=20)
         assert json.loads(known.stdout) == []
         unknown = subprocess.run(asked, check=False, capture_output=True, timeout=20)
         assert (unknown.returncode != 0, unknown.stdout) == (True, b"")

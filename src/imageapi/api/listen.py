@@ -98,7 +98,7 @@ class Listeners:
 
     def _makers(self, connections: Connections) -> dict[str, Callable[[], asyncio.Protocol]]:
         """What makes a connection over each scheme."""
-        plain = {"unix": connections.new, "http": connections.new}
+        plain: dict[str, Callable[[], asyncio.Protocol]] = {"unix": connections.new, "http": connections.new}
         if (tls := self._tls) is None:
             return plain
         from imageapi.api.secure import Secured
