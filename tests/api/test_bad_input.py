@@ -61,7 +61,7 @@ INVALID: dict[str, tuple[Any, int, str, str]] = {
     "neither reference nor definition": (nested({}), 422, "$.mount.overlay.lower[0]", "id"),
     "kind without its definition": (nested({"kind": "overlay"}), 422, "$.mount.overlay.lower[0]", "overlay"),
     "reference to nothing": (nested({"id": 99}), 404, "$.mount.overlay.lower[0]", "no mount 99"),
-    "id too large": (nested({"id": 2**40}), 422, "$.mount.overlay.lower[0].id", ""),
+    "id too large": (nested({"id": 2**40}), 404, "$.mount.overlay.lower[0].id", "no mount"),
     "negative id": (nested({"id": -1}), 422, "$.mount.overlay.lower[0].id", ""),
     "empty lower": (
         {"mount": {"kind": "overlay", "overlay": {"lower": []}}, "command": FOREVER},
