@@ -130,6 +130,12 @@ def _loops() -> list[str]:
     return [name for name in os.listdir("/sys/block") if name.startswith("loop")]
 
 
+def sequence(device: str) -> int | None:
+    """The kernel's number for what a loop device is now; None when it is free, and before Linux 5.15."""
+    number = _sequence(os.path.basename(device))
+    return int(number) if number.isdigit() and loop.backing_path(device) else None
+
+
 def _sequence(name: str) -> str:
     return _sysfs(name, "diskseq") or "-"
 

@@ -89,6 +89,7 @@ class ExportedDriver:
         """Whichever way was taken, the other finds nothing."""
         self.kernel.release(record.key, record.definition, site)
         self.daemon.release(record.key, record.definition, site)
+        _release_forgotten(record, site)
 
     def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
         device, complaint = self.daemon.mend(record.key, record.definition, site)
@@ -141,14 +142,18 @@ def _while_it_lives(site: Site, key: Key) -> Iterator[None]:
 
 
 def facts(site: Site, key: Key, device: str) -> Facts:
-    """What an attachment has learnt, whether its device is on a daemon's file or the kernel's own.
+    """What an attachment has learnt, whether its device is on a daemon's file or the kernel's own. `detail` has, of a
+    device on a daemon's file, its `sequence`: the kernel's number for what it is now, None before Linux 5.15.
 
     Raises: OSError; errors.Exhausted, when the daemon has ended.
     """
     helper = storage_daemon.helper(site, key)
     if helper is None and storage_daemon.known(site, key):
         raise ended()
-    return block.facts(device, helper)
+    found = block.facts(device, helper)
+    if helper is not None:
+        found.detail = {"sequence": export_loop.sequence(device)}
+    return found
 
 
 def observed(site: Site, key: Key, device: str | None) -> Facts | None:
@@ -241,6 +246,21 @@ def observe(key: Key, site: Site) -> str | None:
     """The block device, if all that it stands on is there."""
     device = export_loop.find(site, key) if storage_daemon.standing(site, key) else None
     return device if device is not None and export_loop.is_whole(site, key, device) else None
+
+
+def _release_forgotten(record: AnyRecord, site: Site) -> None:
+    """Take away the loop device of an image of which somebody has removed all that was noted here: the record alone
+    knows it, by a number that no other device is ever given.
+
+    Raises: errors.Conflict while the device is in use.
+    """
+    device, sequence = record.facts.device_file, record.facts.detail.get("sequence")
+    if device is None or sequence is None or export_loop.sequence(device) != sequence:
+        return
+    if not loop.is_free(device):
+        raise block.busy(device)
+    block.set_scheduler(device, NO_SCHEDULER)
+    block.detach_loop(device, site.mark(record.key), sequence)
 
 
 def _let_go(device: str) -> None:

@@ -189,15 +189,29 @@ def test_an_image_whose_daemon_was_forgotten_is_let_go_all_the_same(
 
 
 def test_a_daemon_that_nobody_needs_any_more_is_found_and_ended(site: Site, ceph: Cluster, image: str) -> None:
-    """Somebody has removed all that there was of its image."""
+    """Somebody has removed all that there was of its image. Its device is known by the record alone."""
     what = record(definition(ceph, image))
-    with attached(site, what):
+    with attached(site, what) as device:
+        what.facts = DRIVER.observe(what, site) or what.facts
         storage_daemon.sever(site, what.key)
         shutil.rmtree(os.path.dirname(storage_daemon.export_path(site, what.key)))
         ((name, pid),) = storage_daemon.idle(site).items()
         assert pid in daemons(site).values()
         storage_daemon.end_idle(site, name)
         assert daemons(site) == {}
+        assert loop.backing_path(device)
+    assert not loop.backing_path(device)
+
+
+def test_a_device_that_is_another_s_by_now_is_left_alone(site: Site, ceph: Cluster, image: str) -> None:
+    """The record that knew it has outlived it."""
+    gone, other = (record(definition(ceph, image), number) for number in range(2))
+    with attached(site, gone):
+        gone.facts = DRIVER.observe(gone, site) or gone.facts
+    with attached(site, other) as device:
+        gone.facts.device_file = device
+        DRIVER.release(gone, site)
+        assert Path(device).read_bytes() == ceph.read_image(image)
 
 
 def test_a_new_image_is_not_kept_waiting_by_a_hung_daemon(
