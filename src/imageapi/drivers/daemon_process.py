@@ -104,6 +104,19 @@ class Daemon:
                 return True
         return False
 
+    def shows_nothing(self) -> bool:
+        """Whether it has closed all files that it showed, or has shown none yet."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            directory = f"/proc/{self.pid() or ''}/fd"
+            return not any(_target(f"{directory}/{entry}") == FUSE for entry in os.listdir(directory))
+        return True
+
+    def await_end(self, deadline: Deadline) -> None:
+        """Return once it has ended. Raises: TimeoutError."""
+        with self._process() as pidfd:
+            if pidfd is not None:
+                _await_end(pidfd, deadline.left())
+
     def silence(self, consequence: str = "") -> errors.TimedOut:
         """The refusal to do anything that needs it to answer; `consequence` is what its end would bring about."""
         pid = self.pid()
@@ -217,6 +230,14 @@ def _not_started(status: int, words: str) -> Exception:
     return errors.exhausted(words, f"starting {PROGRAM}") or Problem(
         f"{PROGRAM} did not start: {words}", step="start the storage daemon"
     )
+
+
+def _target(link: str) -> str:
+    """Where a symbolic link leads; nowhere when it has gone."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
 
 
 def _command_line(pid: int) -> list[bytes]:

@@ -173,9 +173,9 @@ def ended(words: str = "") -> Exhausted:
     )
 
 
-def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: str) -> None:
+def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: str, caches: bool = True) -> None:
     """Flush, and take away the loop device, the file and, with its last image, the daemon. Idempotent. `hint` is where
-    to look when the store refuses what was written.
+    to look when the store refuses what was written; `caches`: see storage_daemon.check_answers.
 
     Raises: errors.Conflict while the device is in use; errors.Problem when writes were lost; TimeoutError.
     """
@@ -186,7 +186,7 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
         if device is not None and not loop.is_free(device):
             raise block.busy(device)
         if not read_only:
-            storage_daemon.check_answers(site, key, deadline)
+            storage_daemon.check_answers(site, key, deadline, caches=caches)
         if device is not None:
             if not read_only and storage_daemon.standing(site, key):
                 flush(site, key, device, hint)

@@ -104,7 +104,7 @@ class Qmp:
 def conversation(directory: int, name: str, deadline: Deadline) -> Iterator[Qmp]:
     """Talk to the daemon that listens on the socket `name` in the open `directory`.
 
-    Raises: ConnectionRefusedError or FileNotFoundError when nobody listens; TimeoutError.
+    Raises: ConnectionRefusedError when nobody listens; TimeoutError.
     """
     with connected(directory, name, deadline) as connection:
         qmp = Qmp(connection, deadline)
@@ -123,6 +123,8 @@ def connected(directory: int, name: str, deadline: Deadline) -> Iterator[socket.
                 connection.connect(f"/proc/self/fd/{directory}/{name}")
             except BlockingIOError:
                 return False
+            except FileNotFoundError:  # who ends takes the socket away
+                raise ConnectionRefusedError("nobody listens") from None
             return True
 
         deadline.wait(connects)

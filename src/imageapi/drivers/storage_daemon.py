@@ -130,8 +130,10 @@ def _freed(daemon: Daemon, key: Key) -> Iterator[None]:
         raise
 
 
-def check_answers(site: Site, key: Key, deadline: Deadline) -> None:
-    """See that the daemon of an image, if it lives, is there to be asked.
+def check_answers(site: Site, key: Key, deadline: Deadline, *, caches: bool) -> None:
+    """See that the daemon of an image, if it lives, is there to be asked, or help it to its end if it is ending: one
+    that has been told to closes its files first, and then its images, which may wait for their store. Where its driver
+    `caches` what was written, that is awaited; else it has nothing that could be lost.
 
     Raises: errors.TimedOut, with what is to be done about it.
     """
@@ -139,8 +141,19 @@ def check_answers(site: Site, key: Key, deadline: Deadline) -> None:
     if name is None:
         return
     with _locked(site, name, deadline) as daemon:
-        if daemon.hangs(deadline):
+        if not daemon.hangs(deadline):
+            return
+        if not (daemon.shows_nothing() and _ended(daemon, deadline, kill=not caches)):
             raise daemon.silence(LOST_WITH_IT)
+
+
+def _ended(daemon: Daemon, deadline: Deadline, *, kill: bool) -> bool:
+    if kill:
+        daemon.kill()
+    with contextlib.suppress(TimeoutError):
+        daemon.await_end(deadline)
+        return True
+    return False
 
 
 def withdraw(site: Site, key: Key, deadline: Deadline, *, expendable: bool) -> None:

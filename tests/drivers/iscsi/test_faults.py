@@ -148,6 +148,21 @@ def test_a_daemon_ended_as_the_refusal_says_lets_go_of_all(site: Site, machine: 
     assert_nothing_left(site, "after the detach")
 
 
+def test_a_daemon_that_was_told_to_end_and_waits_for_a_silent_target_is_helped_to_its_end(
+    site: Site, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wants to log out, and has closed the image's file by then: there is nothing left to be lost."""
+    monkeypatch.setattr(daemon_process, "GREETING_TIMEOUT", 0.5)
+    what = record(definition(lab, lun=SCRATCH, ro=False))
+    DRIVER.acquire(what, [], site)
+    (pid,) = daemons(site).values()
+    with lab.server.silent():
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: DRIVER.observe(what, site) is None, "the daemon's end has begun")
+        DRIVER.release(what, site)
+    assert_nothing_left(site, "after the detach")
+
+
 def test_a_target_that_falls_silent_is_a_time_out_and_leaves_nothing(
     site: Site, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

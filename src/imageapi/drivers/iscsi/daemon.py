@@ -52,7 +52,7 @@ def release(key: Key, definition: Iscsi, site: Site) -> None:
     if not definition.ro and storage_daemon.standing(site, key):
         _check_target(key, definition, site)
     with _explained(definition):
-        exported.detach(site, key, deadline, read_only=definition.ro, hint=REFUSED)
+        exported.detach(site, key, deadline, read_only=definition.ro, hint=REFUSED, caches=False)
 
 
 def _check_target(key: Key, definition: Iscsi, site: Site) -> None:
