@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from drivers.bench import Bench
+from drivers.exporting import ATTRIBUTES_VALID
+from imageapi.drivers import block
 from imageapi.errors import Conflict, Invalid
-from imageapi.linux import loop, mount
+from imageapi.linux import killable, loop, mount
 from imageapi.records import AnyRecord, Facts
 from lab import fuse, images
 from lab.elsewhere import mount_namespace
@@ -172,6 +175,21 @@ def test_a_mount_of_it_here_is_named(bench: Bench, run_dir: Path) -> None:
     finally:
         mount.umount(str(spot))
     assert f"the mount at {os.path.realpath(spot)}" in refusal.value.fields["holders"]
+
+
+def test_the_search_for_a_device_does_not_wait_for_the_dead_file_of_another(bench: Bench, tmp_path: Path) -> None:
+    """It has no path any more, so that nothing tells that it is not this host's."""
+    with fuse.shown(tmp_path) as image:
+        other = bench.acquire(bench.loopback(path=str(image.path)))
+        mount.umount(str(image.path), mount.MNT_DETACH)
+        made = bench.acquire(bench.loopback())
+        image.hang()
+        time.sleep(ATTRIBUTES_VALID)
+        found = killable.ask({"": lambda: block.find_loop(bench.site.mark(made.key), None)}, 10)
+        nothing = killable.ask({"": lambda: block.find_loop("imageapi:none", None)}, 10)
+        image.work()
+        assert (found, nothing) == ({"": device_of(made)}, {"": None})
+        bench.release(other)
 
 
 def test_one_that_was_half_made_on_a_file_of_fuse_is_found_again(bench: Bench, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
 from imageapi.drivers import holders, partitions
+from imageapi.drivers.audit import Host
 from imageapi.errors import Conflict, Invalid
 from imageapi.linux import blockqueue, loop, mountinfo, users
 from imageapi.records import Facts, Helper
@@ -18,9 +19,33 @@ ASKING = 1.0
 
 def marked(prefix: str, file: str = "") -> dict[str, str]:
     """The loop devices whose name begins with `prefix`, by name; but for those on what a storage helper exports, a
-    file that is a FUSE mount: whoever asks for the name asks that file, and it may hang. A `file` that the caller
-    depends on is asked all the same."""
-    return loop.marked(prefix, skip=_exports() - {file})
+    file that is a FUSE mount. Whoever asks for the name asks the file, and one that is another host's may hang: so
+    those are asked aside, and what does not answer is left out. Where the path ends with `file`, the caller depends on
+    it, and it is asked all the same."""
+    host, exports = Host(), _exports()
+    backing = {device: loop.backing_path(device) for device in loop.in_use()}
+    sure = {device for device, path in backing.items() if (file and path.endswith(file)) or _is_here(path, host)}
+    doubtful = [device for device, path in backing.items() if device not in sure and path not in exports]
+    names = loop.marked(prefix, among=sure)
+    if doubtful:
+        names |= _names(_asked_aside(doubtful), prefix)
+    return names
+
+
+def _is_here(path: str, host: Host) -> bool:
+    """Whether a file is this host's own. What is not mounted at any path any more shows one that leads nowhere."""
+    return host.is_local(path) and os.path.lexists(path) and not os.path.isdir(path)
+
+
+def _asked_aside(devices: Iterable[str]) -> dict[str, object]:
+    from imageapi.linux import killable  # only few have use for it, and all are forked from one that loads nothing more
+
+    return killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)
+
+
+def _names(answers: Mapping[str, object], prefix: str) -> dict[str, str]:
+    found = {state.name: device for device, state in answers.items() if isinstance(state, loop.Status)}
+    return {name: device for name, device in found.items() if name.startswith(prefix)}
 
 
 def _exports() -> set[str]:
@@ -30,14 +55,11 @@ def _exports() -> set[str]:
 def marked_besides(prefix: str, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The same without the devices `known`, each asked aside; and the devices that did not answer: anybody's file may
     be on a server that is gone."""
-    from imageapi.linux import killable  # only a sweep and a report have use for it
-
     exports = _exports()
     devices = [each for each in loop.in_use() if each not in known and loop.backing_path(each) not in exports]
-    answers = killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)
-    found = {state.name: device for device, state in answers.items() if isinstance(state, loop.Status)}
+    answers = _asked_aside(devices)
     silent = [device for device, answer in answers.items() if isinstance(answer, TimeoutError)]
-    return {name: device for name, device in found.items() if name.startswith(prefix)}, silent
+    return _names(answers, prefix), silent
 
 
 def find_loop(mark: str, known: str | None, file: str = "") -> str | None:

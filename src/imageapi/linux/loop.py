@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from imageapi.linux import sysfs
@@ -262,13 +262,11 @@ def _still_carries(device: str, name: str | None) -> bool:
     return found is not None and name in (None, found.name)
 
 
-def marked(prefix: str, *, skip: Collection[str] = ()) -> dict[str, str]:
-    """The devices in use whose name begins with `prefix`, by name. Those of the files `skip` are not looked at: one
-    file that hangs would hang the whole search."""
+def marked(prefix: str, *, among: Iterable[str] | None = None) -> dict[str, str]:
+    """The devices whose name begins with `prefix`, by name: all those in use, or `among` some, since one file that
+    hangs would hang the whole search."""
     found: dict[str, str] = {}
-    for device in in_use():
-        if skip and backing_path(device) in skip:
-            continue
+    for device in in_use() if among is None else among:
         with contextlib.suppress(OSError):
             state = status(device)
             if state is not None and state.name.startswith(prefix):

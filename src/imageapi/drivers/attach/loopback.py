@@ -69,8 +69,14 @@ class Driver(LocalDriver):
 
 
 def _find(record: AnyRecord, site: Site) -> str | None:
+    """Where a mount has the file, only the end of its path is known here."""
     definition, known = record.definition, record.facts.device_file
-    file = os.path.realpath(definition.path) if known is None and definition.base == "root" else ""
+    if known is not None:
+        file = ""
+    elif definition.base == "root":
+        file = os.path.realpath(definition.path)
+    else:
+        file = "/" + os.path.basename(definition.path)
     return block.find_loop(site.mark(record.key), known, file)
 
 
