@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.drivers.qmp import Deadline, Qmp, conversation, listens
+from imageapi.drivers.deadline import Deadline
+from imageapi.drivers.qmp import Qmp, conversation, listens
 from imageapi.errors import Problem, Unsupported
 from imageapi.linux import mount, mountinfo, pidfd, process, scope
 from imageapi.linux.tree import remove_tree

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from imageapi.config import Site
 from imageapi.drivers import block, export_loop, revisit, storage_daemon
 from imageapi.drivers.audit import DELETE, Host, Wrong, gone
-from imageapi.drivers.qmp import Deadline
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Conflict, Exhausted, Problem
 from imageapi.linux import loop

@@ -15,7 +15,6 @@ A daemon lives in the mount namespace of whoever starts it, which has to be the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import mmap
 import os
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from imageapi.config import Site
-from imageapi.drivers import daemon_process
+from imageapi.drivers import daemon_process, locks
 from imageapi.drivers.daemon_process import (
     EXPORT,
     LEFT,
@@ -35,7 +34,8 @@ from imageapi.drivers.daemon_process import (
     link,
     missing,
 )
-from imageapi.drivers.qmp import Deadline, Qmp, QmpError, descriptor, listens
+from imageapi.drivers.deadline import Deadline
+from imageapi.drivers.qmp import Qmp, QmpError, descriptor, listens
 from imageapi.errors import Conflict, TimedOut
 from imageapi.linux import mount, mountinfo
 from imageapi.linux.tree import remove_tree
@@ -428,34 +428,11 @@ def _locked(site: Site, name: str, deadline: Deadline) -> Iterator[Daemon]:
     directory = None
     while directory is None:
         _make_directory(site, path)
-        directory = _flock(path, deadline)
+        directory = locks.locked_directory(path, deadline)
     try:
         yield Daemon(site, name, directory)
     finally:
         os.close(directory)
-
-
-def _flock(path: str, deadline: Deadline) -> int | None:
-    """`path` opened and locked; None when it was removed meanwhile."""
-    with contextlib.ExitStack() as undo:
-        try:
-            directory = descriptor(path)
-            undo.callback(os.close, directory)
-            deadline.wait(lambda: _try_flock(directory))
-            if not os.path.samestat(os.fstat(directory), os.stat(path)):
-                return None
-        except FileNotFoundError:
-            return None
-        undo.pop_all()
-        return directory
-
-
-def _try_flock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _leave(site: Site, key: Key, daemon: Daemon) -> None:

@@ -24,8 +24,9 @@ from drivers.iscsi.on_target import DRIVER, MUTUAL, SCRATCH, TARGET_ACCOUNT, Lab
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import daemon_process, exported, storage_daemon
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import portals
-from imageapi.drivers.qmp import Deadline, conversation, descriptor
+from imageapi.drivers.qmp import conversation, descriptor
 from imageapi.linux import mount
 from lab.ceph import wait_until
 from lab.iscsi import PORT, Server

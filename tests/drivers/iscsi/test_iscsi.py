@@ -36,8 +36,8 @@ from drivers.iscsi.on_target import (
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import exported
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import pdu, portals
-from imageapi.drivers.qmp import Deadline
 from imageapi.linux import blockqueue, loop, mount
 from imageapi.spec import Secret
 from lab.iscsi import PORT, free_address

@@ -28,7 +28,8 @@ from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers import daemon_process, export_loop, storage_daemon
 from imageapi.drivers.ceph import daemon
-from imageapi.drivers.qmp import Deadline, conversation, descriptor
+from imageapi.drivers.deadline import Deadline
+from imageapi.drivers.qmp import conversation, descriptor
 from imageapi.linux import loop, mount
 from imageapi.records import AnyRecord
 from imageapi.spec import Secret

@@ -10,7 +10,8 @@ from typing import Any
 from imageapi.config import Site
 from imageapi.drivers import exported, storage_daemon
 from imageapi.drivers.ceph import keys, monitors, options
-from imageapi.drivers.qmp import Deadline, QmpError
+from imageapi.drivers.deadline import Deadline
+from imageapi.drivers.qmp import QmpError
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
 from imageapi.records import Key

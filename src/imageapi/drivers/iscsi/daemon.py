@@ -14,9 +14,10 @@ from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import exported, storage_daemon
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import pdu, portals
 from imageapi.drivers.iscsi.portals import Portal
-from imageapi.drivers.qmp import Deadline, QmpError
+from imageapi.drivers.qmp import QmpError
 from imageapi.drivers.storage_daemon import Source
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
 from imageapi.records import Key

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import block, exported, holders
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import database, login, multipath, pdu, portals
 from imageapi.drivers.iscsi.login import Refused
 from imageapi.drivers.iscsi.portals import Portal
-from imageapi.drivers.qmp import Deadline
 from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
 from imageapi.linux import blockqueue, iscsi, process
 from imageapi.linux.iscsi import Session

@@ -13,8 +13,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import chap, pdu
-from imageapi.drivers.qmp import Deadline
 from imageapi.errors import Invalid, Problem
 from imageapi.spec import Chap, Iscsi
 

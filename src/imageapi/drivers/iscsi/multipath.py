@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from imageapi.drivers.qmp import Deadline
+from imageapi.drivers.deadline import Deadline
 from imageapi.errors import Conflict
 from imageapi.linux import iscsi
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.iscsi import login
 from imageapi.drivers.iscsi.login import DISK, REDIRECTIONS, Login, NotIscsi, NotProven, Refused
-from imageapi.drivers.qmp import Deadline
 from imageapi.errors import Invalid, Problem, TimedOut
 from imageapi.spec import Iscsi
 
