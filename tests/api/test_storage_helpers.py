@@ -158,6 +158,24 @@ def test_the_problem_is_shown_until_it_is_mended_and_it_can_be_deleted_meanwhile
     assert reads(noise_in(second))
 
 
+def test_a_delete_that_is_refused_while_it_is_not_mended_changes_nothing(server: Server, store: Store) -> None:
+    """It is forced, since the mount has a problem, and refused, since that stands on it in the kernel."""
+    box = started(server, store, "one")
+    with store.unreachable():
+        for pid in all_helpers(server):
+            kill(pid)
+        eventually(lambda: any(store.unreachable_words in text for text in problems(server)), "the reason is shown")
+        (before,) = server.get("/attach")
+        for _ in range(2):  # also the second is not told that it goes by itself
+            refusal = server.refused("DELETE", f"/attach/{before['id']}?force=true", 409)["message"]
+            assert "the mount at" in refusal
+            assert "tried again" not in refusal
+        (after,) = server.get("/attach")
+        assert after["refs"] == before["refs"]
+    server.delete(f"/container/{box['id']}?force=true")
+    assert server.get("/attach") == []
+
+
 @ONLY_CEPH
 def test_a_helper_that_was_killed_while_no_server_ran_is_replaced_at_the_next_start(
     server: Server, store: Store

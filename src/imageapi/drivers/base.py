@@ -1,4 +1,4 @@
-"""What every kind of attachment and mount provides: three verbs, five where a helper serves its objects, and what the
+"""What every kind of attachment and mount provides: three verbs, six where a helper serves its objects, and what the
 engine must know before it acts.
 
 A driver is a module `drivers/attach/<kind>.py` or `drivers/mount/<kind>.py` with a class `Driver`. Its verbs run in a
@@ -80,6 +80,10 @@ class HelpedDriver(Driver, Protocol):
     def sever(self, record: AnyRecord, site: Site) -> bool:
         """If the object's store is silent, have all that waits for it fail at once, so that its users can be ended; it
         is mended after that. False, and nothing done, where it answers, or something written might be lost."""
+        ...
+
+    def stands(self, record: AnyRecord, site: Site) -> bool:
+        """Whether the kernel has the object still, though `observe` finds that nobody serves it."""
         ...
 
 

@@ -91,6 +91,9 @@ class ExportedDriver:
         self.daemon.release(record.key, record.definition, site)
         _release_forgotten(record, site)
 
+    def stands(self, record: AnyRecord, site: Site) -> bool:
+        return export_loop.find(site, record.key) is not None
+
     def mend(self, record: AnyRecord, site: Site) -> tuple[Facts, str | None]:
         device, complaint = self.daemon.mend(record.key, record.definition, site)
         return facts(site, record.key, device), complaint
@@ -183,8 +186,10 @@ def detach(site: Site, key: Key, deadline: Deadline, *, read_only: bool, hint: s
         return
     device = export_loop.find(site, key)
     with storage_daemon.cut_off_when_late(site, key, PATIENCE, expendable=read_only):
-        if device is not None and not loop.is_free(device):
-            raise block.busy(device)
+        free = device is None or loop.is_free(device)
+    if device is not None and not free:
+        raise block.busy(device)  # who has it takes a while to find out, and is not to be cut off
+    with storage_daemon.cut_off_when_late(site, key, PATIENCE, expendable=read_only):
         if not read_only:
             storage_daemon.check_answers(site, key, deadline, caches=caches)
         if device is not None:

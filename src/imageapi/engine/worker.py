@@ -131,7 +131,11 @@ def release(site: Site, record: AnyRecord) -> None:
 
 
 def observe(site: Site, record: AnyRecord) -> Facts | None:
-    return driver(record.key.collection, record.kind).observe(record, site)
+    """What of the object stands in the kernel. One that has lost its helper does, and may be mended."""
+    own = driver(record.key.collection, record.kind)
+    if record.facts.helper is not None and cast(HelpedDriver, own).stands(record, site):
+        return record.facts
+    return own.observe(record, site)
 
 
 def mend(site: Site, record: AnyRecord) -> tuple[Facts, str | None]:

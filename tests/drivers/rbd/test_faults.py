@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from drivers.exporting import (
 from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.drivers import daemon_process, export_loop, storage_daemon
+from imageapi.drivers import block, daemon_process, export_loop, storage_daemon
 from imageapi.drivers.ceph import daemon
 from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.qmp import conversation, descriptor
@@ -126,6 +127,26 @@ def end_daemon(what: AnyRecord, site: Site, number: int = signal.SIGKILL) -> Non
     (pid,) = daemons(site).values()
     os.kill(pid, number)
     wait_until(lambda: not storage_daemon.standing(site, what.key), "the daemon's end is seen")
+
+
+def test_an_image_is_not_cut_off_while_it_is_found_out_who_uses_it(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes a while on a host with many processes and mounts."""
+
+    def asked(device: str) -> errors.Conflict:
+        assert not [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+        return busy(device)
+
+    busy, what = block.busy, record(definition(ceph, image))
+    monkeypatch.setattr(block, "busy", asked)
+    with attached(site, what) as device:
+        user = os.open(device, os.O_RDONLY | os.O_EXCL)
+        try:
+            with pytest.raises(errors.Conflict, match="in use"):
+                DRIVER.release(what, site)
+        finally:
+            os.close(user)
 
 
 def test_a_hung_daemon_of_one_image_that_cannot_lose_anything_is_killed(
