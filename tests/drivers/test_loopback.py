@@ -227,5 +227,5 @@ def test_what_it_says_for_the_planner(bench: Bench) -> None:
     driver = bench.driver(read_only)
     assert driver.read_only(read_only.definition)
     assert not driver.read_only(writable.definition)
-    assert driver.identity(writable.definition) is None
+    assert not driver.identities(writable.definition)
     assert not driver.forced(writable.definition)

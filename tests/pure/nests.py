@@ -16,10 +16,11 @@ class KindAnswers(LocalDriver):
 
     acquire = release = observe = None
 
-    def identity(self, definition: Any) -> object | None:
+    def identities(self, definition: Any) -> frozenset[object]:
         if isinstance(definition, Rbd):
-            return (*sorted(definition.monitors), definition.pool, definition.image, definition.snapshot)
-        return None
+            image = definition.pool, definition.image, definition.snapshot
+            return frozenset((monitor, *image) for monitor in definition.monitors)
+        return frozenset()
 
     def read_only(self, definition: Any) -> bool:
         if isinstance(definition, Rbd):

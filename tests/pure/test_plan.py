@@ -14,7 +14,7 @@ from imageapi.engine.graph import Graph
 from imageapi.engine.plan import Later, Plan, plan
 from imageapi.errors import Conflict, Invalid, NotFound, Problem, Unsupported
 from imageapi.records import Key, Phase
-from imageapi.spec import Addresses, Attachment, Mount, Object, Overlay, Uri
+from imageapi.spec import Addresses, Attachment, Mount, Object, Overlay, Rbd, Uri
 from pure.nests import answers, container, loopback, on, overlay, rbd, things
 
 pytestmark = pytest.mark.pure
@@ -187,6 +187,13 @@ def test_what_has_a_problem_is_no_reference(graph: Graph) -> None:
     make(graph, on(rbd()))
     graph.get(Key(MOUNT, 0)).problem = "it is gone"
     assert "it is gone" in refuse(graph, overlay(Mount(id=0)), Conflict).message
+
+
+def test_what_is_wrong_with_a_monitor_is_told_by_its_place(graph: Graph) -> None:
+    wrong = Attachment(kind="rbd", rbd=Rbd(monitors=["10.0.0.1", "http://b"], pool="rbd", image="image"))
+    with pytest.raises(Invalid) as refusal:
+        plan(container(overlay(on(wrong))), graph, lambda: 1)
+    assert refusal.value.fields["path"] == "$.mount.overlay.lower[0].attach.attach.rbd.monitors[1]"
 
 
 def test_a_name_is_taken_once(graph: Graph) -> None:

@@ -193,9 +193,10 @@ def test_a_name_nobody_knows_is_the_users_mistake() -> None:
 def test_one_image_is_the_same_however_its_monitors_are_written() -> None:
     driver = Driver()
     one = Rbd(["b", "a:6789"], "pool", "image")
-    same = Rbd(["a", "b:3300"], "pool", "image", None, RbdOptions(ms_mode="crc"))
-    assert driver.identity(one) == driver.identity(same)
-    assert driver.identity(one) != driver.identity(Rbd(["b", "a"], "pool", "image", "one"))
+    same = Rbd(["a", "B:3300"], "pool", "image", None, RbdOptions(ms_mode="crc"))
+    assert driver.identities(one) == driver.identities(same)
+    assert driver.identities(one).isdisjoint(driver.identities(Rbd(["b", "a"], "pool", "image", "one")))
+    assert not driver.identities(one).isdisjoint(driver.identities(Rbd(["c", "a"], "pool", "image")))
     assert driver.store(one) == driver.store(Rbd(["a:6789", "b"], "other", "image"))
 
 

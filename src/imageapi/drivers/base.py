@@ -51,9 +51,12 @@ class Driver(Protocol):
         """Whether nothing can be written through the object, so that it may be shared."""
         ...
 
-    def identity(self, definition: Any) -> object | None:
-        """What is the same for two attachments of one image: a second read-write one is refused.
-        None where the kind has no such rule."""
+    def identities(self, definition: Any) -> frozenset[object]:
+        """What the image is known by. Two attachments that have one of these in common are of one image, and a second
+        read-write one is refused; none where the kind has no such rule.
+
+        Raises: errors.Invalid, about the definition.
+        """
         ...
 
     def forced(self, definition: Any) -> bool:
@@ -103,8 +106,8 @@ class LocalDriver(Audited):
     def read_only(self, definition: Any) -> bool:
         return bool(getattr(definition, "ro", False))
 
-    def identity(self, definition: Any) -> object | None:
-        return None
+    def identities(self, definition: Any) -> frozenset[object]:
+        return frozenset()
 
     def forced(self, definition: Any) -> bool:
         return False

@@ -192,13 +192,14 @@ class _Planner:
         if record.key.collection != Attachment.COLLECTION:
             return
         own = self._drivers(record.key.collection, record.kind)
-        identity = own.identity(record.definition)
-        if identity is None or own.forced(record.definition):
+        place = f"{path}.{record.kind}"
+        identities = _identities(own, record.definition, place)
+        if not identities or own.forced(record.definition):
             return
         writes = not own.read_only(record.definition)
         for other in (*self._graph.all(Attachment.COLLECTION), *self.steps):
-            if other.kind == record.kind and own.identity(other.definition) == identity:
-                self._check_pair(writes or not own.read_only(other.definition), other, f"{path}.{record.kind}")
+            if other.kind == record.kind and not identities.isdisjoint(own.identities(other.definition)):
+                self._check_pair(writes or not own.read_only(other.definition), other, place)
 
     def _check_upper(self, record: AnyRecord, path: str) -> None:
         """Refuse an upper that cannot be written, or that another overlay writes to at the same place."""
@@ -235,6 +236,15 @@ class _Planner:
             f"one by id, make both read-only, or set options.force",
             path=path,
         )
+
+
+def _identities(own: Driver, definition: Any, place: str) -> frozenset[object]:
+    """What the image is known by; what is wrong with its definition is wrong at `place`."""
+    try:
+        return own.identities(definition)
+    except Invalid as wrong:
+        fields = {**wrong.fields, "path": place + str(wrong.fields.get("path", "")).removeprefix("$")}
+        raise Invalid(wrong.message, **fields) from None
 
 
 def _write_to_one_place(overlay: spec.Overlay, other: Any) -> bool:

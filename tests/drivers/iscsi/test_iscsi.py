@@ -142,8 +142,8 @@ def test_a_portal_is_told_what_it_is_asked_for_and_names_itself(lab: Lab) -> Non
 def test_a_target_is_the_same_by_every_portal_and_in_every_case(lab: Lab) -> None:
     one = definition(lab, target=GUARDED)
     other = definition(lab, target=GUARDED.upper(), host="elsewhere", port=1)
-    assert DRIVER.identity(one) == DRIVER.identity(other)
-    assert DRIVER.identity(one) != DRIVER.identity(definition(lab, target=GUARDED, lun=SCRATCH))
+    assert DRIVER.identities(one) == DRIVER.identities(other)
+    assert DRIVER.identities(one) != DRIVER.identities(definition(lab, target=GUARDED, lun=SCRATCH))
 
 
 # ---------------------------------------------------------------------------------------------- what is refused

@@ -333,7 +333,7 @@ def test_the_secret_is_nowhere_to_be_read(site: Site, ceph: Cluster, image: str)
         assert (shown := process_texts())[f"/proc/{pid}/cmdline"]
         assert all(key.encode() not in shown[path] for path in shown)
         files = [path for path in Path(site.run_dir).rglob("*") if path.is_file() and path.name != "export"]
-        assert {path.name for path in files} == {"pid", "ceph.conf", "loop"}
+        assert {path.name for path in files} == {"pid", "ceph.conf", "image", "loop"}
         assert all(key not in path.read_text() for path in files)
         assert Path(site.helpers_dir).stat().st_mode & 0o077 == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ipaddress
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from drivers.exporting import attached, daemons, is_read_only, spied, write_in_parallel
+from drivers.exporting import attached, daemons, is_read_only, loops, spied, write_in_parallel
 from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors, records
 from imageapi.config import Site
@@ -216,6 +217,24 @@ def test_a_device_is_known_where_the_kernel_does_not_number_them(
     with attached(site, what) as device:
         export_loop.move(site, what.key, device)
         assert export_loop.find(site, what.key) == device
+
+
+def test_an_image_that_can_be_written_is_attached_once_whatever_its_monitors_are_called(
+    site: Site, ceph: Cluster, image: str
+) -> None:
+    by_number = [str(int(ipaddress.ip_address(ceph.monitor)))]
+    alike, writer = (
+        record(msgspec.structs.replace(definition(ceph, image, **more), monitors=by_number), 1)
+        for more in ({}, {"rw": True})
+    )
+    with attached(site, record(definition(ceph, image))):
+        with attached(site, alike):
+            assert len(loops(site)) == 2
+        with pytest.raises(errors.Conflict, match="attached already, as attach 0"):
+            DRIVER.acquire(writer, [], site)
+        assert len(loops(site)) == 1
+        with attached(site, record(definition(ceph, image, rw=True, force=True), 1)):
+            assert len(loops(site)) == 2
 
 
 def test_two_users_have_a_daemon_each(site: Site, ceph: Cluster, image: str) -> None:

@@ -36,10 +36,10 @@ class Driver(ExportedDriver):
     def read_only(self, definition: Iscsi) -> bool:
         return definition.ro
 
-    def identity(self, definition: Iscsi) -> object:
+    def identities(self, definition: Iscsi) -> frozenset[object]:
         """The logical unit, by whatever portal it is reached: a target's name is the same everywhere (RFC 7143, 4.2.7),
         in whichever case it is written."""
-        return definition.target.lower(), definition.lun
+        return frozenset({(definition.target.lower(), definition.lun)})
 
     def forced(self, definition: Iscsi) -> bool:
         return definition.options is not None and definition.options.force

@@ -35,11 +35,12 @@ class Driver(ExportedDriver):
     def read_only(self, definition: Rbd) -> bool:
         return options.read_only(definition)
 
-    def identity(self, definition: Rbd) -> object:
-        """The image, or its snapshot: a snapshot cannot be written, so it is none of the image's users."""
+    def identities(self, definition: Rbd) -> frozenset[object]:
+        """The image, or its snapshot, at each of the monitors, which all are one cluster's: a snapshot cannot be
+        written, so it is none of the image's users."""
+        image = definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""
         parsed = monitors.parse(definition.monitors, options.default_port(definition.options))
-        hosts = tuple(sorted({monitor.host for monitor in parsed}))
-        return hosts, definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""
+        return frozenset((monitor.host.lower(), *image) for monitor in parsed)
 
     def forced(self, definition: Rbd) -> bool:
         return definition.options.force

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import msgspec
 
 from imageapi.config import Site
 from imageapi.drivers import exported, storage_daemon
@@ -13,7 +15,7 @@ from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.qmp import QmpError
 from imageapi.drivers.storage_daemon import Source
-from imageapi.errors import Invalid, Problem, TimedOut, Unsupported
+from imageapi.errors import Conflict, Invalid, Problem, TimedOut, Unsupported
 from imageapi.records import Key
 from imageapi.spec import Rbd
 
@@ -21,6 +23,9 @@ DEADLINE = exported.DEADLINE
 
 CONF = "ceph.conf"
 """The file beside the export: librados' configuration."""
+
+OPENED = "image"
+"""The file beside the export that notes which image it is."""
 
 REFUSED = "see what the user may write, and the pool's quota"
 """Where to look when the cluster refuses writes."""
@@ -35,7 +40,45 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     release(key, definition, site)
     wanted = source(key, definition, site)
     with _explained(definition):
-        return exported.attach(site, key, wanted, deadline, partitions=definition.readPartitions)
+        device = exported.attach(site, key, wanted, deadline, partitions=definition.readPartitions)
+    if not definition.options.force and (other := _rival(key, site)) is not None:
+        release(key, definition, site)
+        raise Conflict(
+            f"the image is attached already, as {other}, by an address of the same monitors, and one of the two could "
+            "write to it: make both read-only, or set options.force",
+            path="$.image",
+        )
+    return device
+
+
+class Opened(msgspec.Struct):
+    """What is noted of an image that is open: its names in the cluster, and the addresses of the monitors."""
+
+    image: list[str]
+    addresses: list[str]
+    read_only: bool
+
+
+def _rival(key: Key, site: Site) -> Key | None:
+    """Another attachment of the same image, whatever its monitors are called, if either can write. Each notes its own
+    before it looks for others."""
+    own = _opened(key, site)
+    others = ((other, _opened(other, site)) for other in storage_daemon.exports(site) if other != key)
+    return next((other for other, found in others if own and found and _clash(own, found)), None)
+
+
+def _clash(one: Opened, other: Opened) -> bool:
+    same = one.image == other.image and not set(one.addresses).isdisjoint(other.addresses)
+    return same and not (one.read_only and other.read_only)
+
+
+def _opened(key: Key, site: Site) -> Opened | None:
+    with (
+        contextlib.suppress(OSError, msgspec.MsgspecError),
+        open(storage_daemon.private_path(site, key, OPENED), "rb") as note,
+    ):
+        return msgspec.json.decode(note.read(), type=Opened)
+    return None
 
 
 def release(key: Key, definition: Rbd, site: Site) -> None:
@@ -76,7 +119,14 @@ def source(key: Key, definition: Rbd, site: Site) -> Source:
     lines.append("mon host = " + ",".join(map(str, answering)))
     conf = "\n".join(["[global]", *lines, ""])
     blockdev = _blockdev(definition, storage_daemon.private_path(site, key, CONF))
-    return Source(_group(definition), blockdev, chosen.secret, {CONF: conf}, options.read_only(definition))
+    files = {CONF: conf, OPENED: _note(definition, asked)}
+    return Source(_group(definition), blockdev, chosen.secret, files, options.read_only(definition))
+
+
+def _note(definition: Rbd, asked: Sequence[monitors.Monitor]) -> str:
+    image = [definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""]
+    addresses = sorted({ip for ip, _ in monitors.resolve(asked)})
+    return msgspec.json.encode(Opened(image, addresses, options.read_only(definition))).decode()
 
 
 def _blockdev(definition: Rbd, conf: str) -> dict[str, Any]:
