@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from imageapi.config import Site
 from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import kernel, keys, monitors, options, refusals
 from imageapi.drivers.ceph.monitors import Address, Monitor
-from imageapi.linux import krbd
+from imageapi.linux import krbd, sysfs
 from imageapi.records import Key
 from imageapi.spec import MASK, Rbd, RbdOptions, Secret
 
@@ -269,7 +270,7 @@ def test_a_driver_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_device_is_found_by_its_mark_and_its_image(tmp_path: Path) -> None:
-    site = Site(instance="12345678")
+    site = Site(run_dir=str(tmp_path), instance="12345678")
     root = bus(tmp_path / "rbd")
     mapped(root, 0, "name=admin,key=client.admin")
     mapped(root, 10, "name=me,key=imageapi:12345678:attach/1,_pool_ns=ns,ro")
@@ -283,15 +284,46 @@ def test_a_device_is_found_by_its_mark_and_its_image(tmp_path: Path) -> None:
     assert [each.id for each in krbd.devices(root)] == [0, 2, 10]
 
 
-def test_releasing_what_is_not_mapped_does_nothing(tmp_path: Path) -> None:
-    kernel.release(Key("attach", 1), rbd(), Site(), str(tmp_path / "none"))
+def test_a_device_that_goes_while_it_is_looked_at_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are opened before that, and cannot be read any more."""
     root = bus(tmp_path / "rbd")
-    kernel.release(Key("attach", 1), rbd(), Site(), root)
+    mapped(root, 0, "name=admin,key=client.admin")
+
+    def gone(path: str) -> str:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), path)
+
+    monkeypatch.setattr(sysfs, "read", gone)
+    assert krbd.devices(root) == []
+
+
+@pytest.mark.parametrize("fsid", ["0c0ffee0", "urn:uuid:00000000-0000-4000-8000-000000000000", "0;c0ffee" * 4])
+def test_a_number_of_a_cluster_that_is_none_is_refused_before_anything(fsid: str) -> None:
+    with pytest.raises(errors.Invalid) as refusal:
+        options.check(rbd(fsid=fsid))
+    assert refusal.value.fields["path"] == "$.options.fsid"
+
+
+def test_monitors_that_have_taken_all_the_time_are_a_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object) -> str:
+        return "nothing is mapped"
+
+    root = bus(tmp_path / "rbd")
+    monkeypatch.setattr(kernel, "SHOWING", -options.CONNECT_TIMEOUT)
+    monkeypatch.setattr(kernel, "command", late)
+    with pytest.raises(errors.TimedOut):
+        kernel.acquire(Key("attach", 1), rbd(), Site(run_dir=str(tmp_path)), root)
+    assert Path(root, "add_single_major").read_text() == ""
+
+
+def test_releasing_what_is_not_mapped_does_nothing(tmp_path: Path) -> None:
+    kernel.release(Key("attach", 1), rbd(), Site(run_dir=str(tmp_path)), str(tmp_path / "none"))
+    root = bus(tmp_path / "rbd")
+    kernel.release(Key("attach", 1), rbd(), Site(run_dir=str(tmp_path)), root)
     assert Path(root, "remove_single_major").read_text() == ""
 
 
 def test_a_release_unmaps_our_device(tmp_path: Path) -> None:
-    site = Site(instance="12345678")
+    site = Site(run_dir=str(tmp_path), instance="12345678")
     root = bus(tmp_path / "rbd")
     mapped(root, 4, f"key={site.mark(Key('attach', 1))}")
     kernel.release(Key("attach", 1), rbd(), site, root)

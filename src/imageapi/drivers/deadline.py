@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the deadline has passed")
+            raise TimeoutError(errno.ETIMEDOUT, "the deadline has passed")
         return left
 
     def within(self, seconds: float) -> Deadline:

@@ -6,6 +6,7 @@ because `config_info` shows every option again.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -108,7 +109,9 @@ def device(number: int, root: str = BUS) -> Device | None:
     try:
         monitors, options, pool, name, snapshot = sysfs.read(f"{directory}/config_info").split(" ")[:5]
         data = Data(*(sysfs.read(f"{directory}/{file}") for file in DATA))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: it went between the open and the read
+            raise
         return None
     chosen = parse_options(options)
     image = Image(monitors, pool, chosen.get("_pool_ns", ""), name, None if snapshot == "-" else snapshot)

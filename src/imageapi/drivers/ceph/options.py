@@ -6,6 +6,7 @@ honours an option elsewhere. What a way cannot honour is refused with the reason
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,6 +76,8 @@ PAIRS = (
 MS_MODES = {"crc": "crc", "secure": "secure", "prefer-crc": "crc secure", "prefer-secure": "secure crc"}
 """The kernel's modes of the second messenger, and librados' words for them."""
 
+_FSID = re.compile("[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")
+
 CONNECT_TIMEOUT = 15
 """Seconds for a cluster to let a client in and show the image, unless `mount_timeout` is less. The service gives a
 create 25 s, and the answer must still name the monitors."""
@@ -97,8 +100,15 @@ def check(definition: Rbd) -> None:
     for one, other in PAIRS:
         if one in chosen and other in chosen:
             raise Invalid(f"'{one}' and '{other}' contradict each other: leave one out", path=f"$.options.{other}")
+    if "fsid" in chosen:
+        _check_fsid(chosen["fsid"])
     if definition.snapshot and "rw" in chosen:
         raise Invalid("a snapshot can only be read: leave 'rw' out", path="$.options.rw")
+
+
+def _check_fsid(text: str) -> None:
+    if not _FSID.fullmatch(text):
+        raise Invalid(f"'{text}' is no cluster's number: 'ceph fsid' prints it", path="$.options.fsid")
 
 
 def read_only(definition: Rbd) -> bool:
