@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -16,7 +17,13 @@ from imageapi.errors import TimedOut
 from lab.server import eventually
 
 pytestmark = pytest.mark.kernel
-NAME = f"imageapi:test:{os.getpid()}"
+
+
+@pytest.fixture
+def lock(run_dir: Path) -> str:
+    """The file of a call, in a directory that is not there yet."""
+    return str(run_dir / "helpers" / "call")
+
 
 PARENT = """
 import sys, time
@@ -25,42 +32,53 @@ aside.call(sys.argv[1], 0, lambda: open(sys.argv[2]).read(), expendable=False)
 """
 
 
-def is_free(name: str = NAME) -> bool:
+def is_free(path: str) -> bool:
     try:
-        aside.settled(name, 0, "it is under way")
+        aside.settled(path, 0, "it is under way")
     except TimedOut:
         return False
     return True
 
 
-def test_it_returns_when_the_call_has(tmp_path: Path) -> None:
-    aside.call(NAME, 10, (tmp_path / "made").mkdir, expendable=True)
+def test_it_returns_when_the_call_has(lock: str, tmp_path: Path) -> None:
+    aside.call(lock, 10, (tmp_path / "made").mkdir, expendable=True)
     assert (tmp_path / "made").is_dir()
-    eventually(is_free, "nothing is under way")
+    assert os.listdir(os.path.dirname(lock)) == []
+    eventually(lambda: is_free(lock), "nothing is under way")
 
 
-def test_the_calls_error_is_raised(tmp_path: Path) -> None:
+def test_the_calls_error_is_raised(lock: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        aside.call(NAME, 10, (tmp_path / "none").rmdir, expendable=True)
+        aside.call(lock, 10, (tmp_path / "none").rmdir, expendable=True)
     with pytest.raises(RuntimeError):
-        aside.call(NAME, 10, lambda: 1 // 0, expendable=True)
+        aside.call(lock, 10, lambda: 1 // 0, expendable=True)
 
 
-def test_a_call_that_hangs_is_killed_if_it_may_be() -> None:
+def test_a_call_that_hangs_is_killed_if_it_may_be(lock: str) -> None:
     with pytest.raises(TimeoutError) as caught:
-        aside.call(NAME, 0.05, lambda: time.sleep(100), expendable=True)
+        aside.call(lock, 0.05, lambda: time.sleep(100), expendable=True)
     assert caught.value.errno == errno.ETIMEDOUT
-    eventually(is_free, "it is gone")
+    eventually(lambda: is_free(lock), "it is gone")
+    assert os.listdir(os.path.dirname(lock)) == []
 
 
-def test_one_that_may_not_be_killed_goes_on_when_its_caller_has_ended(tmp_path: Path) -> None:
+def test_nobody_else_can_hold_a_call_up(lock: str) -> None:
+    """Who may not open the file cannot lock it."""
+    with pytest.raises(TimeoutError):
+        aside.call(lock, 0.05, lambda: time.sleep(100), expendable=True)
+    modes = [stat.S_IMODE(os.stat(path).st_mode) for path in (os.path.dirname(lock), lock)]
+    assert modes == [0o700, 0o600]
+    eventually(lambda: is_free(lock), "it is gone")
+
+
+def test_one_that_may_not_be_killed_goes_on_when_its_caller_has_ended(lock: str, tmp_path: Path) -> None:
     """It waits to open a FIFO."""
     os.mkfifo(tmp_path / "store")
     caller = subprocess.run(
-        [sys.executable, "-c", PARENT, NAME, tmp_path / "store"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PARENT, lock, tmp_path / "store"], capture_output=True, text=True, check=False
     )
     assert "TimeoutError" in caller.stderr
     with pytest.raises(TimedOut, match="it is under way"):
-        aside.settled(NAME, 0.01, "it is under way")
+        aside.settled(lock, 0.01, "it is under way")
     (tmp_path / "store").write_text("the store is back")
-    eventually(is_free, "it is done")
+    eventually(lambda: is_free(lock), "it is done")

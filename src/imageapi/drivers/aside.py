@@ -4,8 +4,8 @@ Some of the kernel's waits for a store end for a fatal signal only. What such a 
 ever: an rbd image whose unmapping is broken off stays locked in its cluster, and nobody can write to it again while
 this host lives. So the process is nobody's child, and neither our end nor the server's reaches it.
 
-While a call is under way its name is taken, on a socket address that the kernel frees when the process is gone: whoever
-undoes what the call makes waits for that first.
+While a call is under way its file is locked, which the kernel ends when the process is gone: whoever undoes what the
+call makes waits for that first. The file is in a directory of root's alone, so that nobody else can hold us up.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import errno
 import os
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable
 
+from imageapi.drivers import locks
 from imageapi.errors import TimedOut
 from imageapi.linux import process
 
@@ -30,34 +30,35 @@ _BUG = 255
 One that is killed writes nothing."""
 
 
-def call(name: str, seconds: float, function: Callable[[], object], *, expendable: bool) -> None:
-    """Have `function` called, of which only the effect on the kernel counts. One that takes longer than `seconds` is
-    killed when it is `expendable`, and goes on otherwise.
+def call(path: str, seconds: float, function: Callable[[], object], *, expendable: bool) -> None:
+    """Have `function` called, of which only the effect on the kernel counts, with the file `path` locked. One that
+    takes longer than `seconds` is killed when it is `expendable`, and goes on otherwise.
 
-    Raises: TimeoutError; the OSError that `function` raised.
+    Raises: TimeoutError; the OSError that `function` raised; OSError(EALREADY) while another call is under way.
     """
     reading, writing = os.pipe()
     with contextlib.ExitStack() as opened:
         opened.callback(os.close, reading)
         with contextlib.ExitStack() as handed:
             handed.callback(os.close, writing)
-            address = handed.enter_context(_taken(name))
+            lock = _locked(path)
+            handed.callback(os.close, lock)
             child = os.fork()
             if child == 0:
-                _leave(address.fileno(), writing, seconds if expendable else 0, function)
+                _leave(path, lock, writing, seconds if expendable else 0, function)
         os.waitpid(child, 0)
-        _hear(reading, seconds + (KILLED if expendable else 0), name)
+        _hear(reading, seconds + (KILLED if expendable else 0), path)
 
 
-def _leave(address: int, writing: int, seconds: float, function: Callable[[], object]) -> None:
-    """In the child: end, and leave one behind that has no parent, and nothing of ours but its name and its answer. The
-    name is free when the answer is there."""
+def _leave(path: str, lock: int, writing: int, seconds: float, function: Callable[[], object]) -> None:
+    """In the child: end, and leave one behind that has no parent, and nothing of ours but its lock and its answer. The
+    file is gone when the answer is there."""
     try:
         if os.fork() == 0:
-            _detach(address, writing)
+            _detach(lock, writing)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = _outcome(function)
-            os.close(address)
+            _unlock(path, lock)
             os.write(writing, bytes([answer]))
     except OSError as error:
         os.write(writing, bytes([error.errno or _BUG]))
@@ -95,35 +96,57 @@ def _hear(reading: int, seconds: float, what: str) -> None:
         raise RuntimeError(f"{what}: a bug") if number == _BUG else OSError(number, os.strerror(number), what)
 
 
-def settled(name: str, seconds: float, what: str) -> None:
-    """Return once no call of this name is under way.
+def settled(path: str, seconds: float, what: str) -> None:
+    """Return once no call with this file is under way.
 
     Raises: errors.TimedOut, which says `what`, when one still is.
     """
     end, pause = time.monotonic() + seconds, FIRST_PAUSE
-    while not _is_free(name):
+    while not _is_free(path):
         if time.monotonic() > end:
             raise TimedOut(what)
         time.sleep(pause)
         pause *= 2
 
 
-def _taken(name: str) -> socket.socket:
-    """The address `name` (unix(7), abstract); a process that has it keeps it until it ends."""
-    address = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        address.bind(f"\0{name}")
-    except OSError:
-        address.close()
-        raise
-    return address
+def _locked(path: str) -> int:
+    """A descriptor of the file, made and locked. Raises: OSError(EALREADY)."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    while True:
+        with contextlib.ExitStack() as undo:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, lock)
+            if not locks.try_lock(lock):
+                raise OSError(errno.EALREADY, "a call is under way", path)
+            if _is_at(path, lock):
+                undo.pop_all()
+                return lock
 
 
-def _is_free(name: str) -> bool:
+def _is_at(path: str, lock: int) -> bool:
+    """Whether the file that is locked is there still."""
     try:
-        _taken(name).close()
+        return os.path.samestat(os.fstat(lock), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _unlock(path: str, lock: int) -> None:
+    """The file goes with its lock: nobody has another one of its name then."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    os.close(lock)
+
+
+def _is_free(path: str) -> bool:
+    """One that was killed has left its file."""
+    if not os.path.exists(path):
+        return True
+    try:
+        lock = _locked(path)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
+        if error.errno != errno.EALREADY:
             raise
         return False
+    _unlock(path, lock)
     return True

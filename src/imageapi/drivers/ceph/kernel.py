@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 import uuid
 from collections.abc import Sequence
 
 from imageapi.config import Site
 from imageapi.drivers import aside, block, holders
 from imageapi.drivers.ceph import keys, monitors, options, refusals
+from imageapi.drivers.deadline import Deadline
 from imageapi.errors import Conflict, Invalid, Problem, TimedOut
 from imageapi.linux import keyring, kmsg, krbd, process
 from imageapi.records import Key
@@ -51,15 +51,15 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
 
     Raises: errors.Problem in the user's terms.
     """
-    end = time.monotonic() + options.connect_timeout(definition.options) + SHOWING
+    deadline = Deadline(options.connect_timeout(definition.options) + SHOWING)
     release(key, definition, site, root)
     text = command(key, definition, site)
     secret = keys.decoded(definition.options.secret or NO_KEY)
     try:
         with kmsg.Tail() as log:
             try:
-                mark, left = site.mark(key), end - time.monotonic()
-                aside.call(_making(key, site), left, lambda: _map(text, mark, secret, root), expendable=True)
+                mark = site.mark(key)
+                aside.call(_making(key, site), deadline.left(), lambda: _map(text, mark, secret, root), expendable=True)
             except OSError as error:
                 raise refusals.explain(error, definition, refusals.said(log)) from None
         return _checked(find(key, definition, site, root), definition, root)
@@ -69,13 +69,13 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
 
 
 def _making(key: Key, site: Site) -> str:
-    """What a mapping under way is known by."""
-    return f"{site.mark(key)}:map"
+    """The file that is locked while a mapping is under way."""
+    return f"{site.helpers_dir}/map-{key.collection}-{key.id}"
 
 
 def _unmaking(key: Key, site: Site) -> str:
     """The same of an unmapping."""
-    return f"{site.mark(key)}:unmap"
+    return f"{site.helpers_dir}/unmap-{key.collection}-{key.id}"
 
 
 def _map(text: str, mark: str, secret: bytes, root: str) -> None:
