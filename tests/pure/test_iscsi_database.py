@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from imageapi import errors
 from imageapi.config import Site
+from imageapi.drivers.attach.iscsi import check
 from imageapi.drivers.iscsi import database, kernel
 from imageapi.drivers.iscsi.portals import Portal
 from imageapi.records import Key
@@ -82,3 +84,37 @@ def test_a_place_that_cannot_be_written_is_named(place: Path) -> None:
 def test_the_end_of_iscsiadm_in_the_users_terms(code: int, kind: type[errors.Problem], words: str) -> None:
     problem = kernel.explain(code, "what it said", WHAT)
     assert (type(problem), words in problem.message) == (kind, True)
+
+
+def test_a_secret_without_its_interface_is_found_and_removed_though_the_sessions_stay(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release has removed the interface and died, or its logout has failed, once before."""
+    died = database.node(NAME, WHAT, PORTAL)
+    died.__enter__()
+    (place / "ifaces" / NAME).unlink()
+    assert database.left(NAME)
+
+    def failing(*_: object) -> None:
+        raise errors.TimedOut("iscsid does not answer")
+
+    monkeypatch.setattr(kernel, "_log_out", failing)
+    with pytest.raises(errors.TimedOut):
+        kernel._end(Key("attach", 3), Site(instance="0123abcd"))
+    assert (files(place), database.left(NAME)) == ([], False)
+
+
+@pytest.mark.parametrize("name", ["iqn.b/../../x", "..", "a b", "iqn.b\nnode.startup = automatic", "i" * 224])
+@pytest.mark.parametrize("field", ["target", "initiator"])
+def test_what_is_no_name_of_iscsi_is_refused(field: str, name: str) -> None:
+    with pytest.raises(errors.Invalid) as refusal:
+        check(msgspec.structs.replace(WHAT, **{field: name}))
+    assert refusal.value.fields["path"] == f"$.{field}"
+
+
+@pytest.mark.parametrize("field", ["user", "mutual_user"])
+def test_a_line_break_is_no_part_of_an_account(field: str) -> None:
+    with pytest.raises(errors.Invalid) as refusal:
+        check(msgspec.structs.replace(WHAT, chap=msgspec.structs.replace(CHAP, **{field: "a\nb = c"})))
+    assert refusal.value.fields["path"] == f"$.chap.{field}"
+    assert check(WHAT) is None

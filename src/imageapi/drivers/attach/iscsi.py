@@ -68,15 +68,46 @@ def choose(site: Site) -> Callable[[Key, Iscsi, Site], str]:
 
 
 def check(definition: Iscsi) -> None:
-    """Refuse what contradicts itself.
+    """Refuse what contradicts itself, and what is no name: names become parts of paths and lines of open-iscsi's.
 
     Raises: errors.Invalid.
     """
+    for field in ("initiator", "target"):
+        _check_name(getattr(definition, field), f"$.{field}")
     if definition.chap is not None:
         _check_chap(definition.chap)
 
 
+LONGEST = 223
+"""Bytes of the name of a target or initiator (RFC 7143, 4.2.7.1)."""
+
+
+def _check_name(name: str, path: str) -> None:
+    if name in (".", "..") or len(name.encode()) > LONGEST or not all(_is_part_of_a_name(each) for each in name):
+        raise Invalid(
+            f"{name!r} is no iSCSI name: it has no blank and no '/', and {LONGEST} bytes at the most, as "
+            "iqn.2026-01.com.example:disk",
+            path=path,
+        )
+
+
+def _is_part_of_a_name(char: str) -> bool:
+    return char.isprintable() and char not in " /"
+
+
 def _check_chap(chap: Chap) -> None:
+    told = {
+        "user": chap.user,
+        "secret": chap.secret.reveal(),
+        "mutual_user": chap.mutual_user or "",
+        "mutual_secret": chap.mutual_secret.reveal() if chap.mutual_secret else "",
+    }
+    for field, value in told.items():
+        if value != value.strip() or not value.isprintable():
+            raise Invalid(
+                f"{field} begins or ends with a blank, or holds a character that cannot be printed: correct it",
+                path=f"$.chap.{field}",
+            )
     if bool(chap.mutual_user) != (chap.mutual_secret is not None):
         absent = "mutual_secret" if chap.mutual_user else "mutual_user"
         raise Invalid(f"mutual CHAP takes a name and a secret: give {absent} too", path=f"$.chap.{absent}")

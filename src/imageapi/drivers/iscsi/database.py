@@ -62,8 +62,8 @@ def node(name: str, definition: Iscsi, portal: Portal) -> Iterator[None]:
 
 
 def left(name: str) -> bool:
-    """Whether a death has left something of the two. A target's record never stands without its interface."""
-    return os.path.exists(f"{_place()}/ifaces/{name}")
+    """Whether a death has left something of the two."""
+    return os.path.exists(f"{_place()}/ifaces/{name}") or bool(_targets(name))
 
 
 def forget(name: str) -> None:

@@ -195,12 +195,11 @@ def _away(definition: Iscsi, otherwise: str) -> TimedOut:
 def _end(key: Key, site: Site) -> None:
     """End the sessions, and what a death left of their records."""
     deadline, name = Deadline(exported.DEADLINE), database.mark(site, key)
-    if interrupted := database.left(name):
+    if database.left(name):
         deadline.wait(lambda: not _is_running(name))
+        database.forget(name)  # before all that may fail: there may be a secret in it
     _remove_map(key, site, deadline)
     _log_out(ours(site, key), deadline)
-    if interrupted:
-        database.forget(name)
 
 
 def _log_out(sessions: Sequence[Session], deadline: Deadline) -> None:
