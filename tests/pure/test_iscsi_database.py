@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 
 import msgspec
@@ -10,7 +12,8 @@ import pytest
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.drivers.attach.iscsi import check
-from imageapi.drivers.iscsi import database, kernel
+from imageapi.drivers.deadline import Deadline
+from imageapi.drivers.iscsi import database, kernel, portals
 from imageapi.drivers.iscsi.portals import Portal
 from imageapi.records import Key
 from imageapi.spec import Chap, Iscsi, Secret
@@ -118,3 +121,35 @@ def test_a_line_break_is_no_part_of_an_account(field: str) -> None:
         check(msgspec.structs.replace(WHAT, chap=msgspec.structs.replace(CHAP, **{field: "a\nb = c"})))
     assert refusal.value.fields["path"] == f"$.chap.{field}"
     assert check(WHAT) is None
+
+
+def test_portals_that_cannot_be_reached_do_not_keep_an_attachment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target names its portals in networks that this host is not in, too."""
+    tried: list[str] = []
+
+    def run(_: object, deadline: Deadline, *words: str) -> None:
+        tried.append(words[words.index("--portal") + 1])
+        if len(tried) > 1:
+            raise errors.TimedOut("it does not answer")
+
+    monkeypatch.setattr(kernel, "_run", run)
+    monkeypatch.setattr(portals, "PROBE_TIMEOUT", 0.2)
+    with contextlib.ExitStack() as opened:
+        servers = [opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)) for _ in range(3)]
+        known, away, full = (Portal("127.0.0.1", server.getsockname()[1], 1) for server in servers)
+        servers[1].close()
+        for _ in range(4):  # more than wait to be accepted: it answers nobody else
+            client = opened.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full[:2])
+        kernel._log_in(NAME, WHAT, [PORTAL, away, full, known], Deadline(20))
+        assert tried == [f"{PORTAL},2", f"{known},1"]
+        tried.clear()
+        kernel._log_in(NAME, WHAT, [PORTAL, known], Deadline(kernel.FOR_OTHERS / 2))
+    assert tried == [f"{PORTAL},2"]
+
+
+def test_a_time_that_has_passed_is_a_time_out() -> None:
+    with pytest.raises(TimeoutError) as late:
+        Deadline(-1).left()
+    assert isinstance(errors.from_oserror(late.value, "acquire"), errors.TimedOut)

@@ -28,6 +28,9 @@ PROGRAM = "iscsiadm"
 REFUSED = "see the target's log, and the kernel's"
 """Where to look when the target refuses writes."""
 
+FOR_OTHERS = 2.0 * database.LOGIN_SECONDS
+"""Seconds that must be left for a further portal: what its login takes at the most, and as much for what follows."""
+
 NOT_RUNNING = (18, 20)
 NOT_IN = 24
 NO_ANSWER = (4, 8, 11)
@@ -111,15 +114,25 @@ def strays(site: Site) -> list[Key]:
 
 
 def _log_in(name: str, definition: Iscsi, found: Sequence[Portal], deadline: Deadline) -> None:
-    """A session at each portal. One that the target named and that does not answer is left out.
+    """A session at each portal. One that the target named and that does not answer is left out, and so are the rest
+    when they take too much of the time: an attachment needs no more than the first.
 
     Raises: errors.Problem when the first, which let us in before, does not.
     """
-    for number, portal in enumerate(found):
-        with contextlib.suppress(*((Problem,) if number else ())), database.node(name, definition, portal):
-            where = f"{portal},{portal.group}"
-            words = ("--mode", "node", "--targetname", definition.target, "--portal", where, "--interface", name)
-            _run(definition, deadline, *words, "--login")
+    first, *others = found
+    _log_in_at(first, name, definition, deadline)
+    for portal in portals.open_to_us(others):
+        if deadline.left() < FOR_OTHERS:
+            break
+        with contextlib.suppress(Problem):
+            _log_in_at(portal, name, definition, deadline)
+
+
+def _log_in_at(portal: Portal, name: str, definition: Iscsi, deadline: Deadline) -> None:
+    where = f"{portal},{portal.group}"
+    words = ("--mode", "node", "--targetname", definition.target, "--portal", where, "--interface", name)
+    with database.node(name, definition, portal):
+        _run(definition, deadline, *words, "--login")
 
 
 def _device(sessions: Sequence[Session], definition: Iscsi, deadline: Deadline) -> str:

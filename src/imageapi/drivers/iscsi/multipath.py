@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import time
@@ -79,5 +80,5 @@ def _said(*command: str) -> str:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]} does not come back") from None
+        raise TimeoutError(errno.ETIMEDOUT, "it does not come back", command[0]) from None
     return (done.stderr or done.stdout).strip()

@@ -7,9 +7,12 @@ itself names its other portals (SendTargets), for whoever can use more than one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
+import selectors
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -22,6 +25,8 @@ from imageapi.spec import Iscsi
 
 CONNECT_TIMEOUT = 4.0
 """Seconds for one portal to take a connection; one on an idle network takes milliseconds."""
+PROBE_TIMEOUT = 1.0
+"""Seconds for the portals that a target names beside the one that let us in, all at once."""
 _NAMED = 8
 """How many LUNs a sentence names."""
 _ADDRESS = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<host>[^\[\]:]+))(?::(?P<port>\d{1,5}))?(?:,(?P<group>\d+))?")
@@ -89,6 +94,32 @@ def reach(definition: Iscsi, deadline: Deadline, *, discover: bool = False) -> l
         "host may reach it",
         path="$.host",
     )
+
+
+def open_to_us(found: Sequence[Portal]) -> list[Portal]:
+    """Those of a target's portals that take a connection at once: it also names some that this host cannot reach."""
+    with contextlib.ExitStack() as stack:
+        waiting = stack.enter_context(selectors.DefaultSelector())
+        for portal in found:
+            connection = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in portal.ip else socket.AF_INET))
+            connection.setblocking(False)
+            if connection.connect_ex(portal[:2]) in (0, errno.EINPROGRESS):
+                waiting.register(connection, selectors.EVENT_WRITE, portal)
+        taken = _connected(waiting)
+    return [portal for portal in found if portal in taken]
+
+
+def _connected(waiting: selectors.BaseSelector) -> set[Portal]:
+    """The portals of those connections that stand within the time for it."""
+    end, found = time.monotonic() + PROBE_TIMEOUT, set[Portal]()
+    while waiting.get_map() and (left := end - time.monotonic()) > 0:
+        for event, _ in waiting.select(left):
+            connection = event.fileobj
+            assert isinstance(connection, socket.socket)
+            waiting.unregister(connection)
+            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                found.add(event.data)
+    return found
 
 
 class _Later(Exception):
