@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from imageapi.config import Site
-from imageapi.drivers import block, export_loop, revisit, storage_daemon
+from imageapi.drivers import block, export_loop, partitions, revisit, storage_daemon
 from imageapi.drivers.audit import DELETE, Host, Wrong, gone
 from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.storage_daemon import Source
@@ -30,7 +30,7 @@ PATIENCE = 1.0
 """Seconds for the kernel to let go of what stands on an image; then it is cut off from the daemon."""
 
 REFUSED = "refused"
-"""The file beside the export that notes that writes were refused."""
+"""The file beside the export that notes that writes were refused, and how many sectors had been written by then."""
 
 
 CUT_OFF = Wrong(
@@ -224,7 +224,16 @@ def mend(
         with storage_daemon.cut_off_when_late(site, key, deadline.left()):
             export_loop.move(site, key, device)
     with storage_daemon.cut_off_when_late(site, key, DEADLINE):
+        _have_partitions_read(device)
         return device, revisit.complaint(device)
+
+
+def _have_partitions_read(device: str) -> None:
+    """The kernel forgets the partitions of which none is in use while a device begins behind the end of its file (see
+    loop.change_file). They stay where one is in use; and where the whole device is, there are none."""
+    if loop.attribute(device, "loop/partscan") == "1":
+        with contextlib.suppress(Conflict):
+            partitions.have_read(device)
 
 
 def abandon(key: Key, site: Site) -> None:
@@ -276,25 +285,40 @@ def _let_go(device: str) -> None:
 
 def flush(site: Site, key: Key, device: str, hint: str) -> None:
     """See that all writes are in the store. An outage makes this wait; an error is the store's last word, and no
-    later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go.
+    later attempt would fare better. So it is told once, noted in the file `refused`, and then the image is let go. What
+    is written and lost after that is told again.
 
     Raises: errors.Problem.
     """
+    refused = storage_daemon.private_path(site, key, REFUSED)
     try:
         _sync(device)
     except OSError as error:
-        refused = storage_daemon.private_path(site, key, REFUSED)
-        if os.path.exists(refused):
+        written = _written(device)
+        if _read(refused) == written:
             return
         os.makedirs(os.path.dirname(refused), mode=0o700, exist_ok=True)
         with open(refused, "w", encoding="utf-8") as note:
-            note.write(str(error))
+            note.write(written)
         raise Problem(
             f"the store refused the last writes to {device}, which are lost: {hint}; the device is let go at the next "
             "attempt",
             step="flush",
             detail=str(error),
         ) from None
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(refused)
+
+
+def _written(device: str) -> str:
+    """How many sectors were written to the device so far (Documentation/block/stat.rst)."""
+    return " ".join(loop.attribute(device, "stat").split()[6:7])
+
+
+def _read(path: str) -> str | None:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        return file.read()
+    return None
 
 
 def _sync(device: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 
+from imageapi.drivers import partitions
 from imageapi.linux import mountinfo
 from imageapi.linux.mountinfo import Mount
 
@@ -22,9 +23,10 @@ EMPTY = 3
 
 
 def complaint(device: str) -> str | None:
-    """What is still wrong with the file systems on `device`; None when they can be read."""
+    """What is still wrong with the file systems on `device` and its partitions; None when they can be read."""
+    devices = {device, *(each.device for each in partitions.read(device).values())}
     for each in mountinfo.read(mention=device):
-        if each.source == device and not _can_be_read(each):
+        if each.source in devices and not _can_be_read(each):
             return (
                 f"the storage is back, but the kernel's {each.fstype} keeps errors that it met meanwhile, so that some "
                 f"files at {each.mountpoint} cannot be read: stop what uses it, delete it, and make it again"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from drivers import interruptions
@@ -23,11 +24,12 @@ from drivers.exporting import (
     daemons,
     loops,
     process_texts,
+    spied,
 )
 from drivers.rbd.on_cluster import DRIVER, READ_ONLY, definition, problem, record
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.drivers import block, daemon_process, export_loop, storage_daemon
+from imageapi.drivers import block, daemon_process, export_loop, partitions, storage_daemon
 from imageapi.drivers.ceph import daemon
 from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.qmp import conversation, descriptor
@@ -88,6 +90,18 @@ def test_a_daemon_that_ends_before_the_device_is_noted_again_is_replaced_as_well
         facts, complaint = DRIVER.mend(what, site)
         assert (facts.device_file, complaint) == (device, None)
         assert Path(device).read_bytes() == ceph.read_image(image)
+
+
+def test_partitions_are_read_again_when_a_daemon_is_replaced(
+    site: Site, ceph: Cluster, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel forgets them where its device has to be empty for a moment."""
+    wanted = msgspec.structs.replace(definition(ceph, image), readPartitions=True)
+    calls = spied(partitions, "have_read", monkeypatch)
+    with attached(site, what := record(wanted)) as device:
+        end_daemon(what, site)
+        assert DRIVER.mend(what, site)[1] is None
+        assert calls == [(device,)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
