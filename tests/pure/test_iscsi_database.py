@@ -120,7 +120,7 @@ def test_a_line_break_is_no_part_of_an_account(field: str) -> None:
     with pytest.raises(errors.Invalid) as refusal:
         check(msgspec.structs.replace(WHAT, chap=msgspec.structs.replace(CHAP, **{field: "a\nb = c"})))
     assert refusal.value.fields["path"] == f"$.chap.{field}"
-    assert check(WHAT) is None
+    check(WHAT)
 
 
 def test_portals_that_cannot_be_reached_do_not_keep_an_attachment(monkeypatch: pytest.MonkeyPatch) -> None:

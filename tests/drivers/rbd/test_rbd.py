@@ -224,8 +224,8 @@ def test_an_image_that_can_be_written_is_attached_once_whatever_its_monitors_are
 ) -> None:
     by_number = [str(int(ipaddress.ip_address(ceph.monitor)))]
     alike, writer = (
-        record(msgspec.structs.replace(definition(ceph, image, **more), monitors=by_number), 1)
-        for more in ({}, {"rw": True})
+        record(msgspec.structs.replace(what, monitors=by_number), 1)
+        for what in (definition(ceph, image), definition(ceph, image, rw=True))
     )
     with attached(site, record(definition(ceph, image))):
         with attached(site, alike):

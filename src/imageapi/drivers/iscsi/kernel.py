@@ -28,8 +28,8 @@ PROGRAM = "iscsiadm"
 REFUSED = "see the target's log, and the kernel's"
 """Where to look when the target refuses writes."""
 
-FOR_OTHERS = 2.0 * database.LOGIN_SECONDS
-"""Seconds that must be left for a further portal: what its login takes at the most, and as much for what follows."""
+FOR_OTHERS = database.LOGIN_SECONDS + 2.0
+"""Seconds that must be left for a further portal: what its login takes at the most, and some for what follows."""
 
 NOT_RUNNING = (18, 20)
 NOT_IN = 24
