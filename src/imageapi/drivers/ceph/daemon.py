@@ -41,14 +41,21 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     wanted = source(key, definition, site)
     with _explained(definition):
         device = exported.attach(site, key, wanted, deadline, partitions=definition.readPartitions)
-    if not definition.options.force and (other := _rival(key, site)) is not None:
-        release(key, definition, site)
+    with contextlib.ExitStack() as undo:
+        undo.callback(release, key, definition, site)
+        if not definition.options.force:
+            _check_alone(key, site)
+        undo.pop_all()
+    return device
+
+
+def _check_alone(key: Key, site: Site) -> None:
+    if (other := _rival(key, site)) is not None:
         raise Conflict(
             f"the image is attached already, as {other}, by an address of the same monitors, and one of the two could "
             "write to it: make both read-only, or set options.force",
             path="$.image",
         )
-    return device
 
 
 class Opened(msgspec.Struct):
