@@ -191,6 +191,21 @@ def test_detach_refuses_what_is_in_use(attach: Attach, spot: Path) -> None:
     assert loop.is_free(device)
 
 
+def test_detach_leaves_alone_what_another_has_mounted_on_the_same_device(attach: Attach, spot: Path) -> None:
+    """A mounted device tells nobody its name who wants it for himself alone."""
+    device = attach(name="others")
+    state = state_of(device)
+    assert state.sequence is not None
+    mount.mount(device, str(spot), "squashfs", mount.MS_RDONLY, None)
+    try:
+        loop.detach(device, "mine", state.sequence - 1)
+        assert state_of(device) == state
+        with pytest.raises(OSError, match="busy"):
+            loop.detach(device, "others", state.sequence)
+    finally:
+        mount.umount(str(spot))
+
+
 def test_detach_does_not_say_done_while_it_is_only_going_to_be(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     """LOOP_CLR_FD succeeds, and the device stays until its last opener closes it."""
     device = attach()

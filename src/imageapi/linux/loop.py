@@ -216,8 +216,8 @@ def _sequence(fd: int) -> int | None:
 
 def detach(device: str, name: str | None = None, sequence: int | None = None) -> None:
     """Take `device` off its file, if it still carries `name` (any, when None), and wait until it is really free.
-    Nothing is done to one that is free, gone, or another's. Where the file's file system is dead, the kernel tells no
-    name: then its number for what the device is must be `sequence`.
+    Nothing is done to one that is free, gone, or another's. Where somebody has it mounted, or the file's file system is
+    dead, the kernel tells no name: then its number for what the device is must be `sequence`.
 
     Raises: OSError(EBUSY) while it is mounted in any mount namespace, held by another device, or open.
     """
@@ -227,6 +227,8 @@ def detach(device: str, name: str | None = None, sequence: int | None = None) ->
                 return
             fcntl.ioctl(fd, LOOP_CLR_FD)
     except OSError as error:
+        if error.errno == errno.EBUSY and sequence is not None and attribute(device, "diskseq") != str(sequence):
+            return
         if error.errno not in _FREE:
             raise
     _wait_until_free(device, name)
