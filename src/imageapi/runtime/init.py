@@ -107,12 +107,8 @@ def trouble_in(said: bytes | None) -> int:
 
 def _report(tie: socket.socket, problem: errors.Problem) -> None:
     """Say why the command is not executed. A supervisor that is gone needs no answer."""
-    try:
-        said = msgspec.json.encode(problem.to_dict())
-    except Exception as bug:  # whatever it cannot be told for, that there is a failure must be
-        said = msgspec.json.encode(errors.Problem(f"the start failed, and cannot tell why: {bug!r}").to_dict())
     with contextlib.suppress(OSError):
-        tie.send(said)
+        tie.send(msgspec.json.encode(problem.to_dict()))
 
 
 # ------------------------------------------------------------------------------------------------- before orders
