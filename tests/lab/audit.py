@@ -66,7 +66,7 @@ def _mounts(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
     lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
     found = [fields[4] for fields in lines if fields[4].startswith(f"{run_dir}/")]
     yield from (f"{path} is mounted more than once" for path in set(found) if found.count(path) > 1)
-    keep = {path for path in found if path.startswith(f"{run_dir}/supervisor/keep")}
+    keep = {path for path in found if path.startswith((f"{run_dir}/supervisor/keep", f"{run_dir}/logs"))}
     wanted = {mountpoint for record in records.values() if (mountpoint := record["facts"].get("mountpoint"))}
     yield from _differ("mount at", wanted, {path for path in found if "/helpers/" not in path} - keep)
 

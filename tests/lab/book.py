@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -112,6 +112,24 @@ class Interrupted(Exception):
     """A request has had no answer, or was answered that it met a fault."""
 
 
+class Refused(Interrupted):
+    """A request was answered that the host has run out of something."""
+
+
+class Failure(NamedTuple):
+    """A request that was answered with a code from 500 on."""
+
+    method: str
+    path: str
+    code: int
+    message: str
+
+    @property
+    def ends(self) -> bool:
+        """Whether it asks for something to end or go."""
+        return self.method == "DELETE" or self.path.endswith("/exited")
+
+
 class Book:
     """What a client knows of its containers: those that were answered, and those it cannot know of. Their names begin
     with `prefix`; they are on a `mount` of the small image, unless told."""
@@ -130,10 +148,11 @@ class Book:
         self.known: dict[str, dict[str, Any]] = {}
         self.unsure: set[str] = set()
         self._before_start: dict[str, dict[str, Any]] = {}
+        self.failures: list[Failure] = []
         self.used: dict[str, int] = {"container": -1, "mount": -1, "attach": -1}
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer. Raises: Interrupted."""
+        """The answer. Raises: Interrupted, Refused."""
         try:
             answer = (self._http or self.server.http).request(method, path, json=body)
         except httpx.TransportError as error:
@@ -141,7 +160,8 @@ class Book:
         found = answer.json()
         if answer.status_code >= 500:
             assert found["message"], found
-            raise Interrupted(found["message"])
+            self.failures.append(Failure(method, path, answer.status_code, found["message"]))
+            raise (Refused if answer.status_code == 503 else Interrupted)(found["message"])
         return found
 
     def close(self) -> None:
@@ -149,9 +169,14 @@ class Book:
             self._http.close()
 
     def create(self, name: str, command: str = FOREVER, state: str = "running", **more: Any) -> Any:
+        """What was made, or why nothing was. What is refused for lack of something has left nothing."""
         self.unsure.add(name)
         wanted = {"name": name, "mount": self.mount, "command": command, "state": state, **more}
-        made = self.ask("POST", "/container", wanted)
+        try:
+            made = self.ask("POST", "/container", wanted)
+        except Refused:
+            self.unsure.discard(name)
+            raise
         self.unsure.discard(name)
         assert ("id" in made) == (command != MISSING or state == "created"), made
         if "id" in made:

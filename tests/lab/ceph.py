@@ -178,11 +178,22 @@ class Cluster:
     @contextlib.contextmanager
     def silent_mon(self) -> Iterator[None]:
         """The monitor is stopped: it accepts connections and says nothing."""
-        os.kill(self._daemons["mon"].pid, signal.SIGSTOP)
+        with self._stopped("mon"):
+            yield
+
+    @contextlib.contextmanager
+    def silent_osd(self) -> Iterator[None]:
+        """The OSD is stopped: reads and writes wait."""
+        with self._stopped("osd"):
+            yield
+
+    @contextlib.contextmanager
+    def _stopped(self, name: str) -> Iterator[None]:
+        os.kill(self._daemons[name].pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(self._daemons["mon"].pid, signal.SIGCONT)
+            os.kill(self._daemons[name].pid, signal.SIGCONT)
 
     # ---------------------------------------------------------------------------------------- content
 

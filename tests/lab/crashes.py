@@ -214,7 +214,7 @@ class Lab:
 
     def interrupt(self, story: Story, step: Step, who: str) -> bool:
         """Tell a story with a fault, and see that nothing is lost and nothing left. Whether the step has come."""
-        with _located(f"{story.__name__}: {who} killed at {step}"):
+        with located(f"{story.__name__}: {who} killed at {step}"):
             came = self._break(story, step, who)
             self.server.revive()
             self.check()
@@ -255,7 +255,7 @@ class Lab:
 
     def interrupt_start(self, step: Step, who: str) -> None:
         """Kill the server in the middle of its work, and the next while it finds that, and see what the third has."""
-        with _located(f"a start: {who} killed at {step}"):
+        with located(f"a start: {who} killed at {step}"):
             self._leave_work()
             self.server._end_by_itself()
             came = self.server.start_in_vain(step, who)
@@ -359,7 +359,7 @@ def check_counted(witness: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Whatever fails says where."""
     try:
         yield

@@ -11,8 +11,10 @@ from typing import NoReturn
 
 from imageapi.linux import loop
 from lab.images import small_image
+from lab.session import VARIABLE
 
-NAME = "somebody else's"
+NAME = f"somebody else's {os.environ.get(VARIABLE, '')}"
+"""Of another program of this test run."""
 HELD = 0.002
 """Seconds for which it keeps a device."""
 

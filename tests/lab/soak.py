@@ -1,4 +1,5 @@
-"""`make soak`: clients work while whatever can die does, for as long as asked; then all must be as if nothing had.
+"""`make soak`: clients work while whatever can die does, and the host changes, fails and has no room, for as long as
+asked; then all must be as if nothing had been.
 
 A round is a fault with the clients at work, a pause, and a look: what was answered is so, records and kernel agree, the
 witnesses have printed every number. All is drawn from the seed, but for what the machine's own timing decides.
@@ -8,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -22,20 +21,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lab import ordeals
 from lab import session as test_session
 from lab.book import COUNTING, OBEDIENT, VICTIMS, WITH_HELPERS, Book, FaultyServer, Interrupted
 from lab.ceph import Cluster
-from lab.crashes import check_clean, check_counted, drop_unknown, kill_helpers
-from lab.faults import Step
+from lab.crashes import check_clean, check_counted, drop_unknown, located
 from lab.images import small_image
 from lab.machine import Machine
-from lab.server import FOREVER, SOURCE, alive, eventually, other_release, squashfs
+from lab.room import Filler, tmpfs
+from lab.scene import Scene
+from lab.server import FOREVER, SOURCE, other_release, squashfs
+from lab.session import Session
 
 CLIENTS = 4
 MOST = 4
 """Containers of one client at a time."""
-FAULT_IN = 1.5
-"""Seconds for a step to come that a fault waits for."""
+ROOM = "size=64m,nr_inodes=3000"
+"""What the run directory has: enough, until somebody uses it up (tmpfs(5))."""
 
 
 class Worker(threading.Thread):
@@ -84,7 +86,7 @@ class Worker(threading.Thread):
         self._made += 1
         command = self._random.choice((FOREVER, OBEDIENT, OBEDIENT, "/bin/true", "/bin/false"))
         state = self._random.choice(("running", "running", "created"))
-        mount = self._random.choice(self._soak.mounts)
+        mount = self._random.choice(self._soak.scene.mounts)
         self.book.create(f"{self.book.prefix}{self._made}", command, state, mount=mount)
         self._soak.done["create"] += 1
 
@@ -97,22 +99,17 @@ class Worker(threading.Thread):
 class Soak:
     """One run."""
 
-    def __init__(self, run_dir: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) -> None:
-        self.seed = seed = chosen.seed
-        self.victims = VICTIMS if chosen.spare_helpers or len(mounts) == 1 else (*VICTIMS, *WITH_HELPERS)
-        self.random = random.Random(seed)
-        self.mounts = mounts
-        self.server = FaultyServer(run_dir)
-        self.releases = [SOURCE, other_release(run_dir.parent / "release")]
+    def __init__(self, scene: Scene, seed: int) -> None:
+        self.seed = seed
+        self.scene = scene
+        self.server = scene.server
         self.done: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
         self.checked: Counter[str] = Counter()
         self.work = threading.Event()
         self.over = False
-        self._steps: list[str] = []
         self.server.start()
         self.witnesses = Book(self.server, "witness-")
-        for number, mount in enumerate(mounts):
+        for number, mount in enumerate(scene.mounts):
             self.witnesses.create(f"witness-{number}", COUNTING, mount=mount)
         self.workers = [Worker(self, number) for number in range(CLIENTS)]
         for worker in self.workers:
@@ -120,85 +117,48 @@ class Soak:
 
     def round(self) -> None:
         """A fault with the clients at work, and a look at what has come of it."""
-        kinds = {"step": 8, "moment": 3, "restart": 2, "upgrade": 2, "helper": 2 * ("helper" in self.victims)}
-        kind = self.random.choices([*kinds], [*kinds.values()])[0]
-        self.work.set()
-        try:
-            self.faults[getattr(self, f"_{kind}")()] += 1
-        finally:
-            self._pause()
-        self.server.faults.disarm()
-        self.server.revive()
-        self.check()
+        kind = ordeals.draw(self.scene)
+        with located(kind.name):
+            self.work.set()
+            try:
+                self.scene.faults[kind.name] += kind.do(self.scene) is not False
+            finally:
+                self._pause()
+            self.server.faults.disarm()
+            self.server.revive()
+            self.check(kind.answers)
 
     def _pause(self) -> None:
         self.work.clear()
         for worker in self.workers:
             assert worker.idle.wait(70), "a client has had no answer for 70 s"
 
-    def _step(self) -> str:
-        """Kill somebody at a step, of all that the clients have been seen to cause."""
-        if self.faults["step"] % 50 == 0:
-            self.server.faults.record()
-            time.sleep(2)
-            self._steps = sorted({*self._steps, *(step.name for step in self.server.faults.recorded())})
-        who = self.random.choice(self.victims)
-        step = Step(self.random.choice(self._steps), self.random.choice((1, 1, 2, 3)))
-        self.server.faults.arm(step, self.server.victims(who))
-        end = time.monotonic() + FAULT_IN
-        while not self.server.faults.came and time.monotonic() < end:
-            time.sleep(0.005)
-        self.faults[f"{who} at a step"] += self.server.faults.came
-        return "step"
-
-    def _moment(self) -> str:
-        """Kill somebody, whatever is going on."""
-        who = self.random.choice(("server", "supervisor", "zygote", "both"))
-        time.sleep(self.random.uniform(0, 0.4))
-        victims = self.server.victims(who)
-        for pid in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        eventually(
-            lambda: not any(map(alive, victims)), "who was killed is dead"
-        )  # a server without zygote ends, later
-        return f"{who} at a moment"
-
-    def _restart(self) -> str:
-        time.sleep(self.random.uniform(0, 0.4))
-        self.server.stop()
-        return "stop of the server"
-
-    def _upgrade(self) -> str:
-        """The next server is of another release."""
-        time.sleep(self.random.uniform(0, 0.4))
-        self.server.stop()
-        self.server.package = self.releases[self.server.package == self.releases[0]]
-        self.server.start()
-        time.sleep(self.random.uniform(0, 0.3))
-        return "upgrade"
-
-    def _helper(self) -> str:
-        """Kill a storage daemon. What a container then reads is its own business."""
-        time.sleep(self.random.uniform(0, 0.4))
-        kill_helpers(self.server)
-        return "storage daemon"
-
-    def check(self) -> None:
-        """Nothing is lost, and nothing left."""
+    def check(self, answers: tuple[int, ...]) -> None:
+        """Nothing is lost, and nothing left; and no client was told of a failure but with one of these codes."""
         for worker in self.workers:
             if worker.failure:
                 raise worker.failure
-        shown = self.server.get("/container")
-        books = [self.witnesses, *(worker.book for worker in self.workers)]
-        for book in books:
-            book.check([one for one in shown if one["name"].startswith(book.prefix)])
-        assert sum(len(book.known) for book in books) == len(shown), shown
+            self._check_failures(worker.book, answers)
+        self._check_containers(self.server.get("/container"))
         drop_unknown(self.server)
         check_clean(self.server)
         for known in self.witnesses.known.values():
             check_counted(known)
         self.checked["looks"] += 1
+
+    def _check_failures(self, book: Book, answers: tuple[int, ...]) -> None:
+        """For lack of room nothing is refused that ends or goes."""
+        for failure in book.failures:
+            assert failure.code in answers, f"{failure} was not to be expected"
+            assert "no space" not in failure.message or not failure.ends, f"{failure} needs no room"
+        self.checked["failures"] += len(book.failures)
+        book.failures.clear()
+
+    def _check_containers(self, shown: list[dict[str, Any]]) -> None:
+        books = [self.witnesses, *(worker.book for worker in self.workers)]
+        for book in books:
+            book.check([one for one in shown if one.get("name", "").startswith(book.prefix)])
+        assert sum(len(book.known) for book in books) == len(shown), shown
         self.checked["containers"] += len(shown)
 
     def end(self) -> None:
@@ -216,12 +176,13 @@ class Soak:
         self.server.faults.close()
 
     def report(self) -> str:
-        rounds = (f"{sum(counts.values())} {what} ({_listed(counts)})" for what, counts in self._figures())
-        return "; ".join(rounds) + f"; seed {self.seed}"
+        lines = (f"{sum(counts.values())} {what} ({_listed(counts)})" for what, counts in self._figures())
+        return ";\n".join([*lines, f"seed {self.seed}"])
 
     def _figures(self) -> Iterator[tuple[str, Counter[str]]]:
         yield "operations", self.done
-        yield "faults", Counter({kind: count for kind, count in self.faults.items() if kind != "step"})
+        yield "faults", self.scene.faults
+        yield "deaths", self.scene.deaths
         yield "checks", self.checked
 
 
@@ -233,18 +194,38 @@ def _overlay(lower: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "overlay", "overlay": {"lower": [lower]}}
 
 
+def _on(cluster: Cluster) -> dict[str, Any]:
+    """A mount of an image in a Ceph."""
+    cluster.import_image(str(small_image()), "soak")
+    options = {"secret": cluster.admin_key, "ro": True}
+    image = {"monitors": [cluster.monitor], "pool": "rbd", "image": "soak", "options": options}
+    return {"kind": "rbd", "rbd": {"fs_type": "squashfs", "mount_options": ["ro"], "rbd": image}}
+
+
 @contextlib.contextmanager
-def _ceph(place: Path) -> Iterator[dict[str, Any]]:
-    """A mount of an image in a Ceph of our own."""
-    cluster = Cluster(str(place))
-    cluster.start()
-    try:
-        cluster.import_image(str(small_image()), "soak")
-        options = {"secret": cluster.admin_key, "ro": True}
-        image = {"monitors": [cluster.monitor], "pool": "rbd", "image": "soak", "options": options}
-        yield {"kind": "rbd", "rbd": {"fs_type": "squashfs", "mount_options": ["ro"], "rbd": image}}
-    finally:
-        cluster.stop()
+def _run_directory(place: Path) -> Iterator[Path]:
+    """One that can run full, but for the logs, of which no line may be missing."""
+    with tmpfs(place / "run", ROOM) as run_dir, tmpfs(run_dir / "logs", "size=50%"):
+        yield run_dir
+    run_dir.rmdir()
+
+
+@contextlib.contextmanager
+def _scene(session: Session, chosen: argparse.Namespace) -> Iterator[Scene]:
+    """All that a run needs; no server runs yet, and none does any more in the end."""
+    with contextlib.ExitStack() as stack:
+        cluster = None if chosen.no_ceph else stack.enter_context(Cluster(str(session.fast / "ceph")).running())
+        mounts = [_overlay(lower) for lower in (squashfs(), *([_on(cluster)] if cluster else ()))]
+        run_dir = stack.enter_context(_run_directory(session.fast))
+        server = FaultyServer(run_dir)
+        server.log = session.fast / "server.log"
+        release = session.fast / "release"
+        stack.callback(shutil.rmtree, release)
+        releases = [SOURCE, other_release(release)]
+        victims = VICTIMS if chosen.spare_helpers or cluster is None else (*VICTIMS, *WITH_HELPERS)
+        draws = random.Random(chosen.seed)
+        yield Scene(server, draws, session.images, mounts, victims, releases, Filler(run_dir), cluster)
+        server.log.unlink()
 
 
 def main() -> int:
@@ -257,11 +238,8 @@ def main() -> int:
     machine = Machine(test_session.begin())
     before = machine.look()
     try:
-        with contextlib.ExitStack() as stack:
-            mounts = [_overlay(squashfs())]
-            if not chosen.no_ceph:
-                mounts.append(_overlay(stack.enter_context(_ceph(machine.session.fast / "ceph"))))
-            failed = _run(machine.session.fast, chosen, mounts)
+        with _scene(machine.session, chosen) as scene:
+            failed = _run(scene, chosen)
         left = machine.settle(before)
         print("\n".join(left), flush=True)
         return 1 if failed or left else 0
@@ -269,22 +247,18 @@ def main() -> int:
         machine.tidy()
 
 
-def _run(place: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) -> bool:
+def _run(scene: Scene, chosen: argparse.Namespace) -> bool:
     """Whether anything was not as it should be: the reason is printed, and how to have it again."""
-    run_dir = place / "run"
-    run_dir.mkdir()
-    soak = Soak(run_dir, chosen, mounts)
+    soak = Soak(scene, chosen.seed)
     end = time.monotonic() + chosen.minutes * 60
     try:
         while time.monotonic() < end:
             soak.round()
         soak.end()
-        for directory in (run_dir, soak.releases[1]):
-            shutil.rmtree(directory)
     except BaseException as error:
         traceback.print_exc(file=sys.stdout)
         print(f"{soak.report()}\nagain: make soak SOAK_ARGS='--seed {chosen.seed} --minutes {chosen.minutes:g}'")
-        _keep_logs(run_dir)
+        _keep_logs(scene.server)
         with contextlib.suppress(BaseException):
             soak.end()
         if not isinstance(error, Exception):
@@ -294,8 +268,8 @@ def _run(place: Path, chosen: argparse.Namespace, mounts: list[dict[str, Any]]) 
     return False
 
 
-def _keep_logs(run_dir: Path) -> None:
-    for log in (run_dir / "server.log", run_dir / "supervisor/log"):
+def _keep_logs(server: FaultyServer) -> None:
+    for log in (server.log, server.run_dir / "supervisor/log"):
         print(f"--- {log.name}, its end:\n", "\n".join(log.read_text().splitlines()[-30:]), flush=True)
 
 
