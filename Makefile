@@ -97,7 +97,7 @@ test-pure: $(VENV)/stamp-dev  ## Run the tests that need neither root nor mounts
 lab: $(VENV)/stamp-dev test-packages  ## Give you a shell in a guest with a stock kernel, a running server, and a store of each kind (needs root).
 	PYTHONPATH=src:tests $(BIN)/python -m lab.guest
 
-soak: $(VENV)/stamp-dev test-packages  ## Let clients work while servers, supervisors and helpers die: SOAK_ARGS="--minutes 60 --seed 1" (needs root).
+soak: $(VENV)/stamp-dev test-packages  ## Let clients work while processes die and the host changes, fails and fills up: SOAK_ARGS="--minutes 60 --seed 1" (needs root).
 	PYTHONPATH=src:tests:. $(BIN)/python -m lab.soak $(SOAK_ARGS)
 
 install:  ## Install the server into PREFIX (/opt/imageapi), with its units for systemd (needs root).
