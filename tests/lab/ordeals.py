@@ -9,12 +9,13 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import httpx
 
-from lab import meddling
+from lab import audit, meddling
 from lab.crashes import kill_helpers
 from lab.faults import Step
 from lab.grabber import grabbing
@@ -138,11 +139,36 @@ def silent_store(scene: Scene) -> None:
     assert scene.cluster is not None
     silent = scene.random.choice((scene.cluster.silent_mon, scene.cluster.silent_osd))
     with silent():
-        _pause(scene)
-        scene.die_besides()
-        for _ in range(3):
-            _make_and_delete(scene.server)
-        time.sleep(scene.random.uniform(0, 2))
+        _go_on(scene)
+
+
+def storage_daemons_that_hang(scene: Scene) -> None:
+    """The same of those. One that is not waited for any more may have been ended."""
+    pids = audit.storage_daemons(scene.server.run_dir)
+    with contextlib.ExitStack() as stack:
+        for pid in pids:
+            stack.enter_context(_hanging(pid))
+        _go_on(scene)
+
+
+@contextlib.contextmanager
+def _hanging(pid: int) -> Iterator[None]:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _go_on(scene: Scene) -> None:
+    """While something is silent, work that does not need it is done, for some seconds."""
+    _pause(scene)
+    scene.die_besides()
+    for _ in range(3):
+        _make_and_delete(scene.server)
+    time.sleep(scene.random.uniform(0, 2))
 
 
 def client_that_hangs_up(scene: Scene) -> None:
@@ -152,7 +178,7 @@ def client_that_hangs_up(scene: Scene) -> None:
         wanted = box(FOREVER, name=name) | {"mount": scene.random.choice(scene.mounts)}
         with scene.server.client() as client, contextlib.suppress(httpx.TimeoutException):
             client.post("/container", json=wanted, timeout=scene.random.uniform(0.001, 0.08))
-        eventually(lambda wanted=wanted: _is_made(scene.server, wanted), f"{name} can be made")
+        eventually(partial(_is_made, scene.server, wanted), f"{name} can be made")
         scene.server.delete(f"/container/byname/{name}?force=true")
 
 
@@ -211,6 +237,7 @@ KINDS = (
     Kind(2, loop_devices_grabbed_and_a_death, OVER_A_DEATH),
     Kind(2, full_run_directory, (503,)),
     Kind(2, silent_store, (504,), _has_ceph),
+    Kind(2, storage_daemons_that_hang, (504,), _has_ceph),
     Kind(2, client_that_hangs_up),
     *(Kind(1, harm) for harm in meddling.ALL),
 )
