@@ -13,6 +13,7 @@ import fcntl
 import functools
 import mmap
 import os
+import re
 import signal
 import socket
 import struct
@@ -34,6 +35,8 @@ _RECORDING, _ARMED = 1, 2
 _PAGES, _PAGE = 64, 1 << 16
 """What is written down: a page for each process, found by its number, so that none waits for another."""
 _SIZE = _PAGE * (_PAGES + 1)
+_WRITTEN = re.compile(rb"\d+ [a-z]+ [^\0]+")
+"""A whole line: when, who, and what for whom."""
 
 
 class Step(NamedTuple):
@@ -61,10 +64,11 @@ class Faults:
         self._memory[0] = _RECORDING
 
     def recorded(self) -> list[Step]:
-        """The steps since `record`, in their order; no more are written down."""
+        """The steps since `record`, in their order; no more are written down. What is just being written, or was by two
+        at once, is left out."""
         self._memory[0] = 0
         pages = (self._memory[at : at + _PAGE] for at in range(_PAGE, _SIZE, _PAGE))
-        lines = sorted(line for page in pages for line in page[4:].rstrip(b"\0").split(b"\n") if line)
+        lines = sorted(line for page in pages for line in page[4:].split(b"\n") if _WRITTEN.fullmatch(line))
         seen: Counter[str] = Counter()
         steps = []
         for line in lines:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lab import meddling, ordeals
+from lab import faults, meddling, ordeals
 from lab.book import Book, FaultyServer, Refused
 from lab.crashes import check_clean
 from lab.machine import Machine
@@ -66,3 +66,14 @@ def test_a_create_that_is_refused_for_lack_of_something_has_left_nothing(scene: 
     book.check([])
     with pytest.raises(AssertionError, match="vain"):
         book.check([{"name": "vain"}])
+
+
+def test_of_the_steps_only_whole_lines_count(tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    recording = faults.Faults(page, lambda: ())
+    recording.record()
+    with page.open("r+b") as file:
+        file.seek(1 << 16)
+        file.write(b"\x22\0\0\0" + b"12 server mkdir rundir.make\n1304\n11 worker unlink collect.rele\0\0se\n")
+    assert [step.name for step in recording.recorded()] == ["server mkdir rundir.make"]
+    recording.close()
