@@ -35,7 +35,7 @@ _RECORDING, _ARMED = 1, 2
 _PAGES, _PAGE = 64, 1 << 16
 """What is written down: a page for each process, found by its number, so that none waits for another."""
 _SIZE = _PAGE * (_PAGES + 1)
-_WRITTEN = re.compile(rb"\d+ [a-z]+ [^\0]+")
+_WRITTEN = re.compile(rb"\d+ [^\0 ]+ [^\0]+")
 """A whole line: when, who, and what for whom."""
 
 
