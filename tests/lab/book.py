@@ -86,7 +86,7 @@ class FaultyServer(Server):
 
     @property
     def listens(self) -> bool:
-        return self.runs and self._listens()
+        return self.runs and self._accepts()
 
     def _answers(self) -> bool:
         self.reconnect()

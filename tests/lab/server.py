@@ -168,6 +168,9 @@ class Server(Api):
     def _listens(self) -> bool:
         """It does so before it has looked at what the last one left; what is asked meanwhile is answered after."""
         assert self.runs, f"the server ended:\n{self.log.read_text()}"
+        return self._accepts()
+
+    def _accepts(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
 
