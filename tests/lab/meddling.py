@@ -21,8 +21,9 @@ from lab.book import FaultyServer
 from lab.scene import Scene
 from lab.server import FOREVER, Server, copy_of_small_image, eventually, image, kill, squashfs
 
-IN_TIME = 10.0
-"""Seconds until it must be told. Under load the host is looked at every 3 s, and the machine is not ours alone."""
+IN_TIME = 30.0
+"""Seconds until it must be told. A look is followed by a pause of ten times what it took, and on a machine that others
+use as well one takes more than a second."""
 UNSEEN = () if tuple(map(int, platform.release().split(".")[:2])) >= (6, 15) else (None,)
 """What is said of an end that nobody has seen: newer kernels keep it (PIDFD_INFO_EXIT)."""
 PRINTING = "/bin/sh -c 'while true; do echo line; sleep 0.01; done'"
