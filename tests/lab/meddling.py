@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lab.book import FaultyServer
-from lab.scene import Scene
-from lab.server import FOREVER, Server, copy_of_small_image, eventually, image, kill, squashfs
+from lab.scene import KILLED, Scene
+from lab.server import FOREVER, Server, copy_of_small_image, eventually, image, squashfs
 
 IN_TIME = 30.0
 """Seconds until it must be told. A look is followed by a pause of ten times what it took, and on a machine that others
@@ -143,22 +142,15 @@ ALL: tuple[Callable[[Scene], None], ...] = (
 @contextlib.contextmanager
 def _meddling(scene: Scene) -> Iterator[None]:
     """Within it is what somebody does. Afterwards there is a server."""
-    when, who = scene.random.choice((None, "before", "after")), scene.random.choice(("server", "both"))
+    when, who = scene.random.choice((None, "before", "after")), scene.random.choice(KILLED)
     if when == "before":
-        _kill(scene.server, who)
+        scene.kill(who)
     yield
     if when == "after":
-        _kill(scene.server, who)
+        scene.kill(who)
     if when is not None:
         scene.server.start()
         scene.deaths[f"{who} right {when}"] += 1
-
-
-def _kill(server: FaultyServer, who: str) -> None:
-    """The server first, so that no client is told of the other death."""
-    server.kill()
-    if who == "both":
-        kill(server.supervisor)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,12 @@ from typing import Any
 from lab.book import FaultyServer
 from lab.ceph import Cluster
 from lab.room import Filler
+from lab.server import kill
 
 BESIDE = 0.3
 """How often a server dies besides, while something else is wrong."""
+KILLED = ("server", "both")
+"""Who dies then."""
 
 
 @dataclass
@@ -36,9 +39,17 @@ class Scene:
     faults: Counter[str] = field(default_factory=Counter)
     deaths: Counter[str] = field(default_factory=Counter)
 
+    def kill(self, who: str) -> None:
+        """The `server`, or `both`, it and its supervisor: the server first, so that no client is told of the other
+        death."""
+        self.server.kill()
+        if who == "both":
+            kill(self.server.supervisor)
+
     def die_besides(self) -> None:
-        """Now and then: the server is killed, and the next finds what is wrong."""
+        """Now and then: somebody is killed, and the next server finds what is wrong."""
+        who = self.random.choice(KILLED)
         if self.random.random() < BESIDE:
-            self.server.kill()
+            self.kill(who)
             self.server.start()
-            self.deaths["server besides"] += 1
+            self.deaths[f"{who} besides"] += 1
