@@ -337,8 +337,8 @@ def _mounts_below(mount: dict[str, Any]) -> Iterator[int]:
         yield from _mounts_below(lower)
 
 
-def check_clean(server: Server) -> None:
-    """Records and kernel agree, at least when what is under way is done."""
+def check_clean(server: Server, patience: float = 12) -> None:
+    """Records and kernel agree, at least when what is under way is done: within so many seconds."""
     left: list[str] = []
 
     def clean() -> bool:
@@ -346,7 +346,7 @@ def check_clean(server: Server) -> None:
         return not left
 
     try:
-        eventually(clean, "records and kernel agree", 12)
+        eventually(clean, "records and kernel agree", patience)
     except AssertionError as late:
         raise AssertionError(f"{late}: {left}") from None
 
