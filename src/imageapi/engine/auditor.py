@@ -31,7 +31,9 @@ SETTLE = 0.5
 BUSIEST = 3.0
 """Seconds that a look is put off by what we do ourselves, at the most."""
 SHARE = 10
-"""A look that took long is followed by a pause of so many times that."""
+"""A look that took long is followed by a pause of so many times that, but for no longer than LONGEST_PAUSE."""
+LONGEST_PAUSE = 3.0
+"""Seconds: on a host with too much to do a look takes long as well, and what has changed is to be told all the same."""
 AGAIN = 30.0
 """Seconds until the next look after one that failed."""
 LONGEST = 25.0
@@ -72,7 +74,7 @@ class Auditor:
         while True:
             begun = time.monotonic()
             if await self.look(watch):
-                return max(SETTLE, SHARE * (time.monotonic() - begun))
+                return min(max(SETTLE, SHARE * (time.monotonic() - begun)), LONGEST_PAUSE)
             await asyncio.sleep(AGAIN)
 
     async def look(self, watch: Watch | None, patience: float = LONGEST) -> bool:
