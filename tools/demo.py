@@ -202,7 +202,7 @@ def _await_port(port: int, server: subprocess.Popen[bytes]) -> None:
 
 def _kernel_objects() -> dict[str, set[str]]:
     """What the demo could leave behind: mounts, loop devices, processes."""
-    mounts = {line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    mounts = {line.split(" ")[4] for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]}
     loops = {path.parent.name for path in Path("/sys/block").glob("loop*/loop")}
     commands = _output("ps -eo pid,stat,comm --no-headers").splitlines()
     ours = {line for line in commands if "imageapi" in line and " Z" not in line}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imageapi.linux import cgroup
+from lab import table
 from lab.machine import backing_files
 from lab.processes import processes
 from lab.server import Server, alive
@@ -63,7 +64,7 @@ def _is_wrong(shown: dict[str, Any]) -> bool:
 
 
 def _mounts(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]:
-    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    lines = (line.split() for line in table.lines())
     found = [fields[4] for fields in lines if fields[4].startswith(f"{run_dir}/")]
     yield from (f"{path} is mounted more than once" for path in set(found) if found.count(path) > 1)
     keep = {path for path in found if path.startswith((f"{run_dir}/supervisor/keep", f"{run_dir}/logs"))}
@@ -92,7 +93,7 @@ def _helpers(run_dir: Path, records: dict[int, dict[str, Any]]) -> Iterator[str]
     directories = {path.name for path in run_dir.glob("helpers/*")}
     yield from _differ("export of", set(served), set(links))
     yield from _differ("helper's directory", {*served, *map(os.path.basename, links.values())}, directories)
-    mounted = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    mounted = (line.split()[4] for line in table.lines())
     exports = [path.split("/")[-2] for path in mounted if path.startswith(f"{run_dir}/helpers/")]
     yield from _differ("mounted export of", set(served), set(exports))
     yield from _differ("storage daemon", {pid for pid, _ in served.values()}, storage_daemons(run_dir))
@@ -183,6 +184,6 @@ def _root(pid: int) -> str:
     """What is mounted at the root of a process. Its other mounts tell nothing: a container of another server is in this
     host's mount namespace while it takes its root, and may hang there."""
     with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+        lines = table.lines(f"/proc/{pid}/mountinfo")
         return next((line for line in reversed(lines) if line.split()[4] == "/"), "")
     return ""

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import table
 from lab.processes import Process, find, processes
 from lab.session import CLAIM, PREFIX, USUAL, Session, neighbours
 from tools import cache
@@ -88,7 +89,7 @@ class Machine:
         self._lends = False
 
     def _mounts(self) -> Iterator[Trace]:
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in table.lines():
             own, _, rest = line.partition(" - ")
             if not self._is_foreign(line):
                 yield Trace("mount", f"{own} {' '.join(rest.split()[:2])}")
@@ -152,7 +153,7 @@ class Machine:
         return [stuck for place in self.own_places for stuck in self.remove(place)]
 
     def _own_mounts(self) -> list[str]:
-        mountpoints = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+        mountpoints = (line.split()[4] for line in table.lines())
         return [mountpoint for mountpoint in mountpoints if f"/{self.session.name}/" in f"{mountpoint}/"]
 
     def remove(self, directory: Path) -> list[str]:
@@ -211,7 +212,7 @@ def _descriptors() -> Iterator[Trace]:
 
 
 def _groups() -> Iterator[str]:
-    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    mounts = (line.split() for line in table.lines("/proc/mounts"))
     for hierarchy in [fields[1] for fields in mounts if fields[2] in ("cgroup", "cgroup2")]:
         yield from (f"{parent}/{name}" for parent, names, _ in os.walk(hierarchy) for name in names)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import table
+
 PREFIX = "imageapi-test-"
 VARIABLE = "IMAGEAPI_TEST_TOKEN"
 USUAL = "/run/imageapi"
@@ -88,6 +90,6 @@ def _session(token: str) -> Session:
 
 def _memory() -> Path:
     """A directory on a tmpfs where this user can write; `/tmp` where there is none."""
-    on_tmpfs = {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "tmpfs"}
+    on_tmpfs = {line.split()[1] for line in table.lines("/proc/mounts") if line.split()[2] == "tmpfs"}
     usable = (place for place in ("/run", "/dev/shm") if place in on_tmpfs and os.access(place, os.W_OK))
     return Path(next(usable, "/tmp"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import table
 from lab.images import small_image
 from lab.machine import Machine
 from lab.session import CLAIM, USUAL
@@ -71,7 +72,7 @@ def test_a_loop_device_is_seen(machine: Machine) -> None:
 @pytest.mark.kernel
 def test_a_control_group_is_seen(machine: Machine) -> None:
     before = machine.look()
-    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    mounts = (line.split() for line in table.lines("/proc/mounts"))
     hierarchy = next(fields[1] for fields in mounts if fields[2] == "cgroup2")
     group = Path(hierarchy) / f"imageapi-{machine.session.token}0000"
     group.mkdir()
