@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
+from collections.abc import Callable
 
 from imageapi.engine.graph import describe
 from imageapi.engine.lives import run_of
@@ -18,10 +17,7 @@ DELETED = "container deleted"
 
 def say(record: AnyRecord, text: str) -> None:
     """Write a line."""
-    try:
-        logs.append(run_of(record).logfile, _author(record), text)
-    except OSError as error:
-        log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
+    _write(logs.append, record, text)
 
 
 def close(record: AnyRecord) -> None:
@@ -31,16 +27,15 @@ def close(record: AnyRecord) -> None:
     """
     if run_of(record).untold:
         _erase(record)
-    elif not _has_last_line(record):
-        say(record, DELETED)
+    else:
+        _write(logs.append_last, record, DELETED)
 
 
-def _has_last_line(record: AnyRecord) -> bool:
-    line = f" {_author(record)}: {DELETED}\n".encode()
-    with contextlib.suppress(OSError), open(run_of(record).logfile, "rb") as file:
-        file.seek(-len(line), os.SEEK_END)
-        return file.read() == line
-    return False
+def _write(how: Callable[[str, str, str], None], record: AnyRecord, text: str) -> None:
+    try:
+        how(run_of(record).logfile, f"container({record.id})", text)
+    except OSError as error:
+        log.error("%s: '%s' is not in its log file: %s", describe(record), text, error)
 
 
 def _erase(record: AnyRecord) -> None:
@@ -48,7 +43,3 @@ def _erase(record: AnyRecord) -> None:
         logs.remove(run_of(record).logfile)
     except OSError as error:
         log.error("a log that nobody knows of is left: %s", error)
-
-
-def _author(record: AnyRecord) -> str:
-    return f"container({record.id})"

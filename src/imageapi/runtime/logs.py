@@ -41,6 +41,17 @@ def append(path: str, who: str, *texts: str) -> None:
         os.close(log)
 
 
+def append_last(path: str, who: str, text: str) -> None:
+    """Write a line, unless it is the log's last one already. Raises: OSError."""
+    log = os.open(path, FLAGS & ~os.O_WRONLY | os.O_RDWR, MODE)
+    try:
+        end = f" {who}: {text}\n".encode()
+        if os.pread(log, len(end), max(0, os.fstat(log).st_size - len(end))) != end:
+            os.write(log, lines(who, [text]))
+    finally:
+        os.close(log)
+
+
 class Log:
     """A log for one that has something else to do than to write it: what it does not take is lost, and `trouble` is
     the errno for that, or 0."""
