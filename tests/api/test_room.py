@@ -77,10 +77,11 @@ def test_in_a_full_run_directory_everything_can_be_ended_and_deleted(run_dir: Pa
         own = server.post("/container", box(GATED, name="own"))
         server.post("/container", box(FOREVER, name="asked"))
         server.post("/mount", writable())
+        opened = gate(own)
         Filler(place).space()
         server.kill()
         server.start()
-        gate(own).write_text("go\n")
+        opened.write_text("go\n")
         assert server.await_state("byname/own", "dead")["exit_code"] == 3
         server.get("/container/byname/asked/exited")
         server.await_state("byname/asked", "exited")
@@ -99,7 +100,7 @@ def test_a_run_directory_that_becomes_read_only(run_dir: Path) -> None:
         server.post("/container", box(FOREVER, name="asked"))
         server.post("/container", box(FOREVER, name="made", state="created"))
         server.post("/mount", writable())
-        before = server.get("/mount")
+        before, opened = server.get("/mount"), gate(own)
         room.set_read_only(place, on=True)
         for method, path, body in (
             ("POST", "/container", box(FOREVER)),
@@ -111,7 +112,7 @@ def test_a_run_directory_that_becomes_read_only(run_dir: Path) -> None:
             problem = server.refused(method, path, 503, body)
             assert "is read-only; remount it read-write" in problem["message"], problem
         assert server.get("/mount") == before
-        gate(own).write_text("go\n")
+        opened.write_text("go\n")
         server.get("/container/byname/asked/exited")
         assert server.await_state("byname/own", "dead")["exit_code"] == 3
         assert server.await_state("byname/asked", "exited")["exit_code"] == 137

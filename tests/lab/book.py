@@ -178,8 +178,9 @@ class Book:
             self.unsure.discard(name)
             raise
         self.unsure.discard(name)
-        assert ("id" in made) == (command != MISSING or state == "created"), made
-        if "id" in made:
+        succeeded = "code" not in made
+        assert succeeded == (command != MISSING or state == "created"), made
+        if succeeded:
             self._count("container", made)
             self.known[name] = made
         return made
