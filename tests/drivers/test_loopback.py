@@ -215,6 +215,18 @@ def test_a_device_that_was_given_to_another_is_left_alone(bench: Bench) -> None:
     loop.detach(device)
 
 
+def test_a_device_that_the_kernel_has_made_another_since_is_not_even_asked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file may be on a server that is dead."""
+    record = bench.acquire(bench.loopback())
+    record.facts.detail["sequence"] -= 1
+    with monkeypatch.context() as patched:
+        patched.delattr(loop, "status")
+        assert bench.observe(record) is None
+    record.facts.detail["sequence"] += 1
+
+
 def rename(device: str, name: str) -> None:
     """Change `lo_file_name`, as LOOP_SET_STATUS64 can: the 64 bytes at 56 of struct loop_info64."""
     with open(device, "rb") as file:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from imageapi.config import Site
 from imageapi.drivers import block, paths
@@ -60,18 +61,25 @@ class Driver(LocalDriver):
         """sysfs tells of the device without asking its file, which may be another host's and hang."""
         device, detail = record.facts.device_file or "", record.facts.detail
         backing = loop.backing_path(device)
-        sequence = loop.attribute(device, "diskseq")
-        if not backing or sequence != str(detail.get("sequence") or sequence):
+        if not backing or _is_anothers(device, detail):
             return gone()
         if backing.endswith(DELETED):
             return _replaced(record)
         return _changed(record, backing, device, host) if host.is_local(backing) else None
 
 
+def _is_anothers(device: str, detail: Mapping[str, Any]) -> bool:
+    """Whether the kernel has made something else of the device since: that is not asked, its file may hang."""
+    sequence = loop.attribute(device, "diskseq")
+    return sequence != str(detail.get("sequence") or sequence)
+
+
 def _find(record: AnyRecord, site: Site) -> str | None:
     """Where a mount has the file, only the end of its path is known here."""
     definition, known = record.definition, record.facts.device_file
     if known is not None:
+        if _is_anothers(known, record.facts.detail):
+            return None
         file = ""
     elif definition.base == "root":
         file = os.path.realpath(definition.path)
