@@ -1,7 +1,8 @@
-"""What the supervisor takes off a pipe or a socket in one turn has an end, whoever fills it."""
+"""What the supervisor takes off a pipe or a socket in one turn has an end, whoever fills it, and so has a log."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -50,6 +51,26 @@ def test_what_is_left_is_moved_though_somebody_goes_on_printing(directory: int, 
     os.close(end)
     assert (tmp_path / "0.log").stat().st_size == 4 * output.CHUNK
     assert place.opened < ENOUGH
+
+
+def test_a_log_that_cannot_be_put_aside_takes_no_more_until_it_can(directory: int, tmp_path: Path) -> None:
+    end, told = output.make(directory, "pipe"), list[int]()
+    copier = output.Copier(end, output.Place(directory, 10, lambda _: None), "0.log", "container(0)", told.append, 0)
+
+    def print_through(text: bytes) -> None:
+        os.write(end, text)
+        copier.copy()
+
+    (tmp_path / "0.log.1").mkdir()
+    for text in (b"so many bytes", b"too many", b"and more"):
+        print_through(text)
+    assert ((tmp_path / "0.log").read_bytes(), told) == (b"so many bytes", [errno.EISDIR])
+    (tmp_path / "0.log.1").rmdir()
+    print_through(b"again")
+    os.close(end)
+    assert (tmp_path / "0.log.1").read_bytes() == b"so many bytes"
+    assert b"16 bytes that it printed here are lost" in (tmp_path / "0.log").read_bytes()
+    assert ((tmp_path / "0.log").read_bytes()[-5:], told) == (b"again", [errno.EISDIR, 0])
 
 
 class Talkative:

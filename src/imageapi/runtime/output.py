@@ -125,7 +125,7 @@ class Copier:
     `trouble` is what was told last; None when nobody knows that any more, so that the first copy tells in any case.
     """
 
-    __slots__ = ("_logfile", "_lost", "_on_trouble", "_place", "_trouble", "_who", "end")
+    __slots__ = ("_full", "_logfile", "_lost", "_on_trouble", "_place", "_trouble", "_who", "end")
 
     def __init__(
         self,
@@ -143,6 +143,7 @@ class Copier:
         self._on_trouble = on_trouble
         self._trouble = trouble
         self._lost = 0
+        self._full = False
 
     @property
     def trouble(self) -> int:
@@ -172,21 +173,21 @@ class Copier:
         while left > 0 and (moved := self.copy()):
             left -= moved
         with contextlib.suppress(OSError):
-            self._put_aside(os.stat(self._logfile, dir_fd=self._place.directory).st_size)
+            self._make_room()
 
     def _move(self) -> int:
         """To the end of the log: nobody else writes while a container runs. Raises: BlockingIOError, when there is
         nothing; OSError of the log."""
+        self._make_room()
         log = self._place.open(self._logfile)
         try:
             if self._lost:
                 whole.write_all(log, self._told_loss())
                 self._lost = 0
             moved = os.splice(self.end, log, CHUNK)
-            size = os.fstat(log).st_size
+            self._full = os.fstat(log).st_size >= self._place.limit
         finally:
             os.close(log)
-        self._put_aside(size)
         return moved
 
     def _lose(self, trouble: int) -> int:
@@ -207,7 +208,10 @@ class Copier:
             self._trouble = trouble
             self._on_trouble(trouble)
 
-    def _put_aside(self, size: int) -> None:
-        if size >= self._place.limit:
+    def _make_room(self) -> None:
+        """Put a full log aside. Raises: OSError, where that cannot be, and then it takes no more."""
+        if self._full:
             directory = self._place.directory
-            os.rename(self._logfile, self._logfile + logs.OLDER, src_dir_fd=directory, dst_dir_fd=directory)
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                os.rename(self._logfile, self._logfile + logs.OLDER, src_dir_fd=directory, dst_dir_fd=directory)
+            self._full = False
