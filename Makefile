@@ -28,8 +28,8 @@ UNITS := /etc/systemd/system
 # PYTEST_ARGS narrows a run: make test PYTEST_ARGS="-x tests/linux"; so does BENCH_ARGS: make bench BENCH_ARGS="--only nest",
 # of which the figure `guest` is measured in the guest lab.
 PYTEST := $(BIN)/python -m pytest
-# Where Python may not keep what it has compiled, each server of a test would do it again; a guest can never keep it, and
-# takes ten times as long.
+# Where Python may not keep what it has compiled, each server would do it again, which takes 1 MB as well; a guest can never
+# keep it, and takes ten times as long.
 COMPILED := $(BIN)/python -m compileall -q src tests tools
 
 .PHONY: help setup setup-dev install check test test-api test-below-the-api test-quiet test-in-guests
@@ -114,6 +114,7 @@ demo: $(VENV)/stamp-run demo-packages  ## Boot a small Debian from a block image
 	$(BIN)/python -m tools.demo
 
 bench: $(VENV)/stamp-dev bench-packages lab-packages  ## Measure speed and smallness beside bare system calls and other runtimes (needs root).
+	$(COMPILED)
 	PYTHONPATH=tests $(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 bench-images: $(VENV)/stamp-run bench-packages  ## Compare squashfs and EROFS, each with several compressions: size, and time to read (needs root).
