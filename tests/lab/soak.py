@@ -34,6 +34,8 @@ from lab.server import FOREVER, SOURCE, other_release, squashfs
 from lab.session import Session
 
 CLIENTS = 4
+TOLD_EVERY = 60.0
+"""Seconds between two lines about how far it is."""
 MOST = 4
 """Containers of one client at a time."""
 MENDED_IN = 40.0
@@ -110,6 +112,7 @@ class Soak:
         self.checked: Counter[str] = Counter()
         self.work = threading.Event()
         self.over = False
+        self._told = time.monotonic()
         self.server.start()
         self.witnesses = Book(self.server, "witness-")
         for number, mount in enumerate(scene.mounts):
@@ -177,6 +180,13 @@ class Soak:
         self.server.stop()
         self.server.http.close()
         self.server.faults.close()
+
+    def tell(self, now: float, end: float) -> None:
+        """Once in a while say how far it is."""
+        if now > self._told + TOLD_EVERY:
+            self._told = now
+            sums = ", ".join(f"{sum(counts.values())} {what}" for what, counts in self._figures())
+            print(f"{(end - now) / 60:.0f} minutes to go: {sums}", flush=True)
 
     def report(self) -> str:
         lines = (f"{sum(counts.values())} {what} ({_listed(counts)})" for what, counts in self._figures())
@@ -255,7 +265,8 @@ def _run(scene: Scene, chosen: argparse.Namespace) -> bool:
     soak = Soak(scene, chosen.seed)
     end = time.monotonic() + chosen.minutes * 60
     try:
-        while time.monotonic() < end:
+        while (now := time.monotonic()) < end:
+            soak.tell(now, end)
             soak.round()
         soak.end()
     except BaseException as error:
