@@ -42,6 +42,12 @@ def test_a_call_that_takes_too_long_is_killed_and_nothing_of_it_is_left() -> Non
     assert children() == before
 
 
+def test_nothing_is_left_of_what_gives_no_answer() -> None:
+    before = children()
+    answers = killable.ask({"slow": signal.pause, "quick": os.getppid}, 0.05)
+    assert (type(answers["slow"]), answers["quick"], children()) == (TimeoutError, os.getpid(), before)
+
+
 def test_a_bug_is_one() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         killable.call(lambda: 1 // 0, 20, "something")

@@ -106,6 +106,25 @@ def test_a_start_that_was_given_up_is_ended_when_it_comes(tmp_path: Path, impati
     act(scenario, tmp_path)
 
 
+def test_nothing_is_started_beside_a_start_that_was_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is its container deleted: it may still hang in the image's store, and come to something."""
+    monkeypatch.setattr(starts, "ASK_AGAIN", 0.05)
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        supervisor = Supervisor(engine, 1)
+        with pytest.raises(TimedOut):
+            await engine.request_state(BOX, "running")
+        with pytest.raises(Conflict, match="still being undone; it could not be started: no answer"):
+            await engine.request_state(BOX, "running")
+        with pytest.raises(TimedOut, match="has not ended yet"):
+            await engine.delete(BOX, force=False)
+        await until(lambda: engine._graph.find(BOX) is None)
+        assert [call for call in supervisor.calls if call[0] == "undo"] == [("undo", 0, 1)] * 2
+
+    act(scenario, tmp_path)
+
+
 def test_an_id_is_free_when_its_start_has_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something may come of a start that was given up: until that has ended its container stays, and is told of."""
     monkeypatch.setattr(starts, "ASK_AGAIN", 0.05)

@@ -116,3 +116,9 @@ def test_what_speaks_something_else_is_named() -> None:
 def test_what_qemu_says_after_our_own_login_went_well(words: str, kind: type[errors.Problem], path: str) -> None:
     refusal = daemon.explain(words, WITH_CHAP)
     assert (type(refusal), refusal.fields.get("path")) == (kind, path)
+
+
+def test_of_the_portals_that_a_target_names_only_addresses_of_our_kind_are_of_use() -> None:
+    named = ["10.0.0.2:3260,2", "san2.example:3260,1", "10.0.0.3:70000,1", "[fd00::1]:3260,1", "0.0.0.0:3260,1", "?"]
+    assert portals._usable(named, Portal("10.0.0.1", 3260)) == [Portal("10.0.0.2", 3260, 2)]
+    assert portals._usable(named, Portal("fd00::9", 3260)) == [Portal("fd00::1", 3260, 1)]

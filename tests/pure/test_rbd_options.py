@@ -9,12 +9,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from imageapi import errors
 from imageapi.config import Site
+from imageapi.drivers import storage_daemon
 from imageapi.drivers.attach.rbd import Driver
-from imageapi.drivers.ceph import kernel, keys, monitors, options, refusals
+from imageapi.drivers.ceph import daemon, kernel, keys, monitors, options, refusals
 from imageapi.drivers.ceph.monitors import Address, Monitor
 from imageapi.linux import krbd, sysfs
 from imageapi.records import Key
@@ -379,3 +381,13 @@ def test_the_kernel_is_told_of_monitors_that_speak_its_way(
     else:
         with pytest.raises(errors.Invalid, match="ms_mode"):
             kernel.spoken_to(found, mode)
+
+
+def test_of_two_that_open_an_image_at_once_the_later_one_gives_way(tmp_path: Path) -> None:
+    site = Site(run_dir=str(tmp_path), instance="12345678")
+    first, second = (Key("attach", number) for number in range(2))
+    for key, addresses in ((first, ["10.0.0.1", "10.0.0.2"]), (second, ["10.0.0.2"])):
+        note = Path(storage_daemon.private_path(site, key, daemon.OPENED))
+        note.parent.mkdir(parents=True)
+        note.write_bytes(msgspec.json.encode(daemon.Opened(["rbd", "", "image"], addresses, read_only=key == first)))
+    assert (daemon._rival(first, site), daemon._rival(second, site)) == (None, first)

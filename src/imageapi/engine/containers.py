@@ -130,7 +130,8 @@ class Containers:
         """Run the container's command; the container as it was when that had been executed, whatever has been asked of
         it since. One that runs is left alone.
 
-        Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping or being deleted.
+        Raises: errors.Problem, with the container `dead`; errors.Conflict while it is stopping, being deleted, or
+        something may still come of its last start.
         """
         self._check_kept(record)
         if (starting := self._starts.under_way(record.key)) is None:
@@ -139,6 +140,8 @@ class Containers:
                 return self._graph.still(record.key)
             if state == "stopping":
                 raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
+            if self._starts.is_late(record):
+                raise Conflict(f"the last start of {describe(record)} is still being undone; {record.problem}")
             self._ends.pop(record.key, None)
             return await self._starts.again(record)
         shared: Picture = await asyncio.shield(starting)

@@ -75,7 +75,7 @@ class Starts:
 
     def is_late(self, record: AnyRecord) -> bool:
         """Whether something may still come of a start that was given up."""
-        return record.run is not None and (record.id, record.run.attempt) in self._late
+        return any(container == record.id for container, _ in self._late)
 
     async def first(self, record: AnyRecord) -> None:
         """Run the command of a container that is just being made.

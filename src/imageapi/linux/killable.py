@@ -24,6 +24,8 @@ _DONE, _REFUSED, _BUG = range(3)
 """The exit status of a child: its call is done, has failed with an errno, which it has written to a pipe (NFS has some
 that are too large for a status), or by something else than the kernel."""
 _ERRNO = struct.Struct("i")
+REAPED_IN = 0.1
+"""Seconds in which a process that was killed has ended, if a signal reaches it."""
 
 
 def call(action: Callable[[], object], seconds: float, what: str) -> None:
@@ -104,9 +106,16 @@ def ask(questions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
         os.close(end)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for name, (pid, _) in ends.items():
-        os.waitpid(pid, 0 if said[name] else os.WNOHANG)
+    _reap([pid for pid, _ in ends.values()])
     return {name: _answer(data) for name, data in said.items()}
+
+
+def _reap(pids: list[int]) -> None:
+    """Wait for children that were killed, but not for long: one that no signal reaches is left to whoever has it when
+    this process ends."""
+    deadline = time.monotonic() + REAPED_IN
+    while (pids := [pid for pid in pids if not os.waitpid(pid, os.WNOHANG)[0]]) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _child_for(function: Callable[[], Any]) -> tuple[int, int]:

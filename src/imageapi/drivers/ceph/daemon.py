@@ -67,10 +67,10 @@ class Opened(msgspec.Struct):
 
 
 def _rival(key: Key, site: Site) -> Key | None:
-    """Another attachment of the same image, whatever its monitors are called, if either can write. Each notes its own
-    before it looks for others."""
+    """An older attachment of the same image, whatever its monitors are called, if either can write. Each notes its own
+    before it looks for others: of two that come at once the later one sees the other, and gives way."""
     own = _opened(key, site)
-    others = ((other, _opened(other, site)) for other in storage_daemon.exports(site) if other != key)
+    others = ((other, _opened(other, site)) for other in storage_daemon.exports(site) if other < key)
     return next((other for other, found in others if own and found and _clash(own, found)), None)
 
 

@@ -101,7 +101,7 @@ def open_to_us(found: Sequence[Portal]) -> list[Portal]:
     with contextlib.ExitStack() as stack:
         waiting = stack.enter_context(selectors.DefaultSelector())
         for portal in found:
-            connection = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in portal.ip else socket.AF_INET))
+            connection = stack.enter_context(socket.socket(_family(portal)))
             connection.setblocking(False)
             if connection.connect_ex(portal[:2]) in (0, errno.EINPROGRESS):
                 waiting.register(connection, selectors.EVENT_WRITE, portal)
@@ -186,16 +186,20 @@ def _session(portal: Portal, definition: Iscsi, deadline: Deadline, *, discovery
 
 
 def _usable(texts: list[str], portal: Portal) -> list[Portal]:
-    """Those of the named portals that are addresses of the kind we have come by."""
+    """Those of the named portals that are addresses of the kind we have come by. Names may stand there as well (RFC
+    7143, 13.8), which nobody is asked about."""
     found = []
     for text in texts:
-        try:
+        with contextlib.suppress(ValueError, OSError):
             named = parse(text)
-        except ValueError:
-            continue
-        if (":" in named.ip) == (":" in portal.ip) and named.ip not in ("0.0.0.0", "::"):
-            found.append(named)
+            socket.inet_pton(_family(portal), named.ip)
+            if named.port < 1 << 16 and named.ip not in ("0.0.0.0", "::"):
+                found.append(named)
     return found
+
+
+def _family(portal: Portal) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in portal.ip else socket.AF_INET
 
 
 def check_unit(session: Login, definition: Iscsi) -> None:

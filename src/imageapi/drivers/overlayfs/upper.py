@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import posixpath
 import re
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from imageapi.drivers import holders, mounts
+from imageapi.drivers import holders, locks, mounts
 from imageapi.errors import Conflict, Exhausted, Invalid, Problem
 from imageapi.linux import mountinfo, syncfs
 from imageapi.linux.mountinfo import Mount
@@ -101,18 +100,10 @@ def _directory(undo: ExitStack, opened: ExitStack, top: str, path: str, like: st
                 _look_like(reached, like)
         fd = openat2(fd, name, os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
         opened.callback(os.close, fd)
-    if not holders.until(lambda: _locked(fd), PATIENCE):
+    if not holders.until(lambda: locks.try_lock(fd), PATIENCE):
         sentence = f"another program keeps a lock on '{path.removeprefix(top)}' in that mount (flock(2)); end it there"
         raise Conflict(f"{sentence}, or choose another upper_path", path="$.upper_path", holders=[f"a lock on {path}"])
     return reached
-
-
-def _locked(directory: int) -> bool:
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _remove_made(path: str, *, whole: bool) -> None:
