@@ -18,6 +18,7 @@ from imageapi.errors import Problem, TimedOut
 from imageapi.linux import pidfd
 from imageapi.linux.libc import SYS_rt_sigtimedwait
 from imageapi.records import AnyRecord, Key, Run
+from imageapi.runtime import clock
 from imageapi.runtime.protocol import Ended, Life, LogTrouble
 from pure.nests import container, loopback, on, overlay
 from pure.slow_kernel import SYNC, SlowKernel, Supervisor, act, engine_on, gone
@@ -50,7 +51,7 @@ def test_a_delete_waits_for_what_was_written_and_says_so(tmp_path: Path) -> None
         kernel.hold(*SYNC)
         deleting = asyncio.create_task(engine.delete(BOX, force=True))
         await asyncio.sleep(0)
-        engine._containers._on_ended(Ended(0, 1, 137, lives.now()))
+        engine._containers._on_ended(Ended(0, 1, 137, clock.now()))
         with pytest.raises(TimedOut, match=r"has ended, but what it wrote to mount 0 \(attach\) is still being synced"):
             await deleting
         kernel.let_go(*SYNC)
@@ -63,7 +64,7 @@ def test_why_it_died_is_told_also_when_what_it_wrote_is_lost(tmp_path: Path) -> 
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         record, run, _ = await started(engine, WRITABLE)
         kernel.failures[SYNC] = Problem("input/output error")
-        engine._containers._on_ended(Ended(0, 1, 3, lives.now()))
+        engine._containers._on_ended(Ended(0, 1, 3, clock.now()))
         await until_dead(run)
         assert "exited with status 3" in (record.problem or "")
         assert "may not have reached its store: input/output error" in (record.problem or "")
@@ -75,7 +76,7 @@ def test_when_it_ended_is_the_time_that_the_supervisor_tells(tmp_path: Path) -> 
     """Also when that was before we knew that it had begun."""
 
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
-        at = lives.now()
+        at = clock.now()
         _, run, _ = await started(engine)
         engine._containers._on_ended(Ended(0, 1, 3, at))
         await until_dead(run)

@@ -14,10 +14,10 @@ import pytest
 
 from imageapi.engine import endings, mending
 from imageapi.engine.engine import Engine
-from imageapi.engine.lives import now
 from imageapi.errors import Conflict, Invalid, Problem, TimedOut
 from imageapi.linux import pidfd
 from imageapi.records import AnyRecord, Facts, Helper, Key, Phase, Run
+from imageapi.runtime.clock import now
 from imageapi.runtime.protocol import Ended
 from pure.nests import container, loopback, on, overlay
 from pure.slow_kernel import SlowKernel, Supervisor, act, gone

@@ -19,7 +19,7 @@ from imageapi.engine import endings, journal
 from imageapi.engine.graph import Picture, describe
 from imageapi.engine.jobs import Jobs
 from imageapi.engine.ledger import Ledger
-from imageapi.engine.lives import now, run_of, since_boot, time_of
+from imageapi.engine.lives import run_of, since_boot, time_of
 from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, Pool
 from imageapi.engine.starts import ASK_AGAIN, CREATED, Starts
@@ -28,6 +28,7 @@ from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, NotFound, Problem, TimedOut
 from imageapi.records import AnyRecord, Key, Phase, Run
 from imageapi.runtime.client import Supervisor
+from imageapi.runtime.clock import now
 from imageapi.runtime.protocol import Ended, Life, LogTrouble
 from imageapi.spec import Overlay, Tmpfs
 

@@ -7,11 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from imageapi.records import AnyRecord, Run
-
-
-def now() -> str:
-    """The time as the API writes it: RFC 3339, in UTC."""
-    return _written(datetime.now(UTC))
+from imageapi.runtime.clock import written
 
 
 def since_boot() -> float:
@@ -26,11 +22,7 @@ def age(start_time: int) -> float:
 
 def time_of(start_time: int) -> str:
     """When that was, as `now` would have said it; up to a tick before."""
-    return _written(datetime.now(UTC) - timedelta(seconds=age(start_time)))
-
-
-def _written(moment: datetime) -> str:
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return written(datetime.now(UTC) - timedelta(seconds=age(start_time)))
 
 
 def run_of(record: AnyRecord) -> Run:

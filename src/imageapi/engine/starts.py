@@ -17,13 +17,14 @@ from imageapi.config import Config
 from imageapi.engine import endings
 from imageapi.engine.graph import Picture, describe, standing
 from imageapi.engine.ledger import Ledger
-from imageapi.engine.lives import now, run_of
+from imageapi.engine.lives import run_of
 from imageapi.engine.mending import Mender
 from imageapi.engine.tasks import Tasks
 from imageapi.errors import Conflict, Problem, TimedOut
 from imageapi.records import AnyRecord, Facts, Key, Run
 from imageapi.runtime import command
 from imageapi.runtime.client import Supervisor
+from imageapi.runtime.clock import now
 from imageapi.runtime.protocol import Ended, Start, Started
 
 T = TypeVar("T")

@@ -15,13 +15,13 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import pidfd
 from imageapi.runtime import protocol, successor
+from imageapi.runtime.clock import now
 from imageapi.runtime.protocol import (
     Answer,
     Call,
@@ -479,4 +479,4 @@ def _news(container: int, attempt: int, life: Life | None) -> Answer:
         return LogTrouble(container, attempt, life.log_trouble)
     if life is not None and life.attempt == attempt and life.finished_at is not None:
         return Ended(container, attempt, life.exit_code, life.finished_at)
-    return Ended(container, attempt, None, datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"))
+    return Ended(container, attempt, None, now())

@@ -12,7 +12,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -20,6 +19,7 @@ from imageapi import errors
 from imageapi.linux import cgroup, pidfd
 from imageapi.runtime import entries, init, lender, output
 from imageapi.runtime.child import Child
+from imageapi.runtime.clock import now
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.groups import name_of
 from imageapi.runtime.loop import Timer
@@ -398,7 +398,7 @@ class Container:
         if self._output is not None:
             self._output.drain()
         starting = self._unexecuted
-        over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=_now(), starting=starting)
+        over = msgspec.structs.replace(self.life, running=False, exit_code=code, finished_at=now(), starting=starting)
         self.entry = msgspec.structs.replace(self.entry, life=over)
         failed = self._problem is not None and self._answer is not None
         if failed:
@@ -490,6 +490,3 @@ def _ticks() -> int:
     """Clock ticks since the boot, as proc_pid_stat(5) counts them."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
