@@ -305,6 +305,31 @@ def test_a_delete_does_not_wait_for_ever_for_what_was_asked_before(tmp_path: Pat
     act(scenario, tmp_path, timeout=0.05)
 
 
+def test_a_create_that_had_to_wait_for_another_has_no_more_time_than_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client does not wait for twice the time of an operation."""
+    monkeypatch.setattr(apply, "GRACE", 0.1)
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(on(loopback("/image")))
+        kernel.hold("release", MOUNT)
+        deleting = asyncio.create_task(engine.delete(MOUNT, force=False))
+        await kernel.begun("release", MOUNT)
+        new = Key("attach", 1)
+        kernel.hold("acquire", new)
+        making = asyncio.create_task(engine.create(nest()))
+        await asyncio.sleep(0.5)
+        kernel.let_go("release", MOUNT)
+        await deleting
+        with pytest.raises(TimedOut, match=r"did not finish in 0\.[0-5]s"):
+            await making
+        kernel.let_go("acquire", new)
+        await gone(engine, kernel)
+
+    act(scenario, tmp_path, timeout=1.0)
+
+
 def test_a_record_that_is_gone_is_not_written_again(tmp_path: Path) -> None:
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         made = await engine.create(on(loopback("/image")))

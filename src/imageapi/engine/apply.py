@@ -32,8 +32,8 @@ HELPER_ENDED = (
 )
 
 GRACE = 2.0
-"""Seconds that a create which fails waits at least for its undo. With those of its operation they are fewer than the 30
-that a Go client waits."""
+"""Seconds that a create which had to wait for others has at least for its first step, and for its undo. With those of
+its operation they are fewer than the 30 that a Go client waits."""
 UNDOING = "the host has not come back from undoing it yet; it goes when that is done"
 
 
@@ -85,7 +85,14 @@ class Applier:
         while True:
             claimed = await self._claim(thing, running=running)
             making = _Making(
-                claimed, self._ledger, self._jobs, self._containers, self._mender, self._awaited, running=running
+                claimed,
+                self._ledger,
+                self._jobs,
+                self._containers,
+                self._mender,
+                self._awaited,
+                running=running,
+                patience=min(self._timeout, self._time_to(end)),
             )
             made = self._tasks.spawn(making.carry_out())
             try:
@@ -115,12 +122,16 @@ class Applier:
     async def _left(self, claimed: Plan, undone: asyncio.Task[None], end: float) -> AnyRecord | None:
         """Which object the kernel, or a process in it, keeps of what is undone, if it keeps any. It is shown from now
         on, and its name is free."""
-        await asyncio.wait({undone}, timeout=max(GRACE, end - asyncio.get_running_loop().time()))
+        await asyncio.wait({undone}, timeout=self._time_to(end))
         left = next((record for record in reversed(claimed.steps) if self._is_left(record)), None)
         if left is not None and left.problem is None:
             self._graph.free_name(left)
             self._ledger.expose(left, f"it is being deleted, but: {UNDOING}")
         return left
+
+    @staticmethod
+    def _time_to(end: float) -> float:
+        return max(GRACE, round(end - asyncio.get_running_loop().time(), 1))
 
     def _is_left(self, record: AnyRecord) -> bool:
         return self._graph.find(record.key) is record and record.phase is Phase.RELEASING
@@ -187,7 +198,8 @@ def _explained(problem: Problem) -> Problem:
 
 
 class _Making:
-    """The steps of one claimed plan. `awaited` has, for everything that is being made by anybody, how that ends."""
+    """The steps of one claimed plan. `awaited` has, for everything that is being made by anybody, how that ends.
+    `patience` is the seconds that are left for the first step; each one that is done is progress."""
 
     def __init__(
         self,
@@ -199,6 +211,7 @@ class _Making:
         awaited: dict[Key, asyncio.Future[None]],
         *,
         running: bool,
+        patience: float,
     ) -> None:
         self._claimed = claimed
         self._ledger = ledger
@@ -208,6 +221,7 @@ class _Making:
         self._mender = mender
         self._awaited = awaited
         self._running = running
+        self._patience: float | None = patience
         self._series: Series | None = None
         self._stopped = False
 
@@ -257,7 +271,7 @@ class _Making:
     async def _make(self, record: AnyRecord, work: Awaitable[None]) -> None:
         """Make one object. The root is written when it is published, and not before."""
         await self._step(record, work)
-        record.phase = Phase.LIVE
+        record.phase, self._patience = Phase.LIVE, None
         self._mender.watch(record)
         if record is not self._claimed.root:
             self._ledger.change(record)
@@ -277,7 +291,7 @@ class _Making:
 
     async def _acquire(self, record: AnyRecord, series: Series) -> None:
         self._check(record.edges())
-        record.facts = await series.outcome()
+        record.facts = await series.outcome(self._patience)
 
     async def _run(self, container: AnyRecord) -> None:
         self._check_wanted()
