@@ -112,6 +112,7 @@ def test_a_run_directory_that_becomes_read_only(run_dir: Path) -> None:
             problem = server.refused(method, path, 503, body)
             assert "is read-only; remount it read-write" in problem["message"], problem
         assert server.get("/mount") == before
+        assert server.leaks() == []
         opened.write_text("go\n")
         server.get("/container/byname/asked/exited")
         assert server.await_state("byname/own", "dead")["exit_code"] == 3

@@ -57,7 +57,7 @@ def scene(site: Site, boot_id: str, keys: Collection[Key]) -> Scene:
 def supervisor(site: Site) -> int | None:
     """The pid of the site's supervisor: who holds its lock (F_GETLK of fcntl(2))."""
     try:
-        lock = os.open(f"{site.supervisor_dir}/lock", os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(f"{site.supervisor_dir}/lock", os.O_RDONLY | os.O_CLOEXEC)  # where it can only be read, too
     except FileNotFoundError:
         return None
     try:
