@@ -91,6 +91,13 @@ class Service:
     def connect(self) -> Peer:
         return Peer(socket.create_connection(("127.0.0.1", self.port), PATIENCE))
 
+    def connect_unix(self) -> Peer:
+        """A client on its Unix socket."""
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(PATIENCE)
+        client.connect(self._config.socket_path)
+        return Peer(client)
+
     def say(self, *parts: bytes) -> tuple[int, Any]:
         """Status and JSON of the answer to these bytes on a connection of their own."""
         with self.connect() as peer:

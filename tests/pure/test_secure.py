@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_who_says_nothing_after_it_is_told_so(certificates: Path) -> None:
         assert peer.at_end()
 
 
-def test_more_connections_than_the_limit_can_read_so(certificates: Path) -> None:
+def test_one_more_than_the_limit_is_closed_without_a_word(certificates: Path) -> None:
     with serving(certificates, listen_limit=1) as service, connect(service, trusting(certificates)) as first:
         first.send(GET)
         assert first.answer() == (200, [])
@@ -110,6 +111,39 @@ def test_more_connections_than_the_limit_can_read_so(certificates: Path) -> None
             assert second.at_end(), "before its handshake nothing can be said"
         first.send(GET)
         assert first.answer() == (200, [])
+
+
+@pytest.fixture
+def few(certificates: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """A server that has 64 descriptors, of which 32 are for connections; it listens over TLS and on a Unix socket. Who
+    is refused does not go by himself within a test."""
+    monkeypatch.setattr("imageapi.api.connection.LINGER", 1000.0)
+    monkeypatch.setattr("imageapi.api.connection.resource.getrlimit", lambda _: (64, 64))
+    file = str(certificates / "server.pem")
+    tls = Tls(host="127.0.0.1", port=0, certificate=file, key=file)
+    with Service(schemes=("https", "unix"), tls=tls, socket_path=str(run_dir / "api.sock")) as service:
+        yield service
+
+
+def test_who_comes_to_no_handshake_does_not_shut_out_the_unix_socket(few: Service) -> None:
+    with contextlib.ExitStack() as opened:
+        for _ in range(60):
+            opened.enter_context(few.connect())
+        with few.connect_unix() as peer:
+            peer.send(GET)
+            assert peer.answer() == (200, [])
+
+
+def test_connections_of_all_kinds_together_leave_the_descriptors_of_the_work(few: Service) -> None:
+    with contextlib.ExitStack() as opened:
+        over_tls = [opened.enter_context(few.connect()) for _ in range(17)]
+        assert over_tls[-1].at_end(), "those before it have been let in"
+        plain = [opened.enter_context(few.connect_unix()) for _ in range(17)]
+        for peer in plain[:16]:
+            peer.send(GET)
+            assert peer.answer() == (200, [])
+        code, problem = plain[16].answer()
+        assert (code, "32 connections" in problem["message"], "LimitNOFILE" in problem["message"]) == (503, True, True)
 
 
 def test_a_long_answer_comes_whole_however_late_it_is_read(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:

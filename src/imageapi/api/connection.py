@@ -35,14 +35,15 @@ LAST_WORDS = 1.0
 
 
 class Kind:
-    """Connections over one scheme: `open` of them, of which there may be `most`, for the reason `why`."""
+    """Connections over one scheme: `open` of them, of which there may be `most`. Those that are `mute` cannot be told
+    anything at their beginning."""
 
-    def __init__(self, scheme: str, limits: Config, room: int, option: str, otherwise: str) -> None:
-        """`room` is how many there can be at all, and `otherwise` why it is no more."""
+    def __init__(self, scheme: str, limits: Config, room: int, *, mute: bool = False) -> None:
+        """`room` is how many there can be at all."""
         self.scheme = scheme
         self.limits = limits
         self.most = min(limits.listen_limit or room, room)
-        self.why = f"the {option}" if self.most == limits.listen_limit else otherwise
+        self.mute = mute
         self.open = 0
 
 
@@ -61,10 +62,11 @@ class Connections:
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        room = descriptors - min(RESERVE, descriptors // 2)
-        why = f"what LimitNOFILE={descriptors} allows"
-        self._plain = Kind("http", config, room, "--listen-limit", why)
-        self._secured = Kind("https", config.over_tls(), room, "--tls-listen-limit", why)
+        self._room = room = descriptors - min(RESERVE, descriptors // 2)
+        self._allowed = f"what LimitNOFILE={descriptors} allows"
+        self._plain = Kind("http", config, room)
+        # A handshake is begun by whoever reaches the port: they do not take the room of the Unix socket.
+        self._secured = Kind("https", config.over_tls(), room // 2, mute=True)
         self._full = room + (descriptors - room) // REFUSED
         self.crowded, self.roomy = asyncio.Event(), asyncio.Event()
         """No further connection is to be let in, or one may be again; there may be more, from before that is heard."""
@@ -83,6 +85,14 @@ class Connections:
         if len(self._open) == self._full:
             self.crowded.set()
             self.roomy.clear()
+
+    def too_many(self, kind: Kind) -> str | None:
+        """How many are open, and why no more may be; None while more may."""
+        if len(self._open) > self._room:
+            return f"{self._room} connections are open, which is {self._allowed}; close one"
+        if kind.open > kind.most:
+            return f"{kind.most} connections are open, which is the --listen-limit; close one"
+        return None
 
     def leave(self, connection: Connection, kind: Kind) -> None:
         self._open.discard(connection)
@@ -182,10 +192,12 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("sockname")
         self._server = name[:2] if isinstance(name, tuple) else None
         self._all.enter(self, self._kind)
-        if self._kind.open > self._kind.most:
-            self._refuse(Exhausted(f"{self._kind.most} connections are open, which is {self._kind.why}; close one"))
-        else:
+        if (why := self._all.too_many(self._kind)) is None:
             self._expect_request()
+        elif self._kind.mute:
+            self._transport.abort()
+        else:
+            self._refuse(Exhausted(why))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
