@@ -69,6 +69,12 @@ class Service:
         """Do something in the server's loop."""
         self.loop.call_soon_threadsafe(function, *arguments)
 
+    def rest(self) -> None:
+        """Wait for longer than it takes a timer to fire that was set before."""
+        later = threading.Event()
+        self.call(self.loop.call_later, 0.2, later.set)
+        assert later.wait(PATIENCE)
+
     def stop(self) -> None:
         self.call(self._stop.set)
 
@@ -83,6 +89,10 @@ class Service:
         peer.send(CREATE)
         asyncio.run_coroutine_threadsafe(self.engine.arrived.wait(), self.loop).result(PATIENCE)
         return peer
+
+    @property
+    def listener(self) -> socket.socket:
+        return self._listeners._all[0].socket
 
     @property
     def port(self) -> int:
@@ -321,9 +331,7 @@ def ask_and_rest(service: Service, peer: Peer) -> None:
     """Ask for a last answer, and do not read on for longer than it takes a timer to fire that was set before."""
     peer.send(GET[:-2] + b"Connection: close\r\n\r\n")
     peer.receive()
-    later = threading.Event()
-    service.call(service.loop.call_later, 0.2, later.set)
-    assert later.wait(PATIENCE)
+    service.rest()
 
 
 def test_a_last_answer_is_not_cut_off_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +348,43 @@ def test_a_last_answer_that_nobody_reads_is_given_up() -> None:
         ask_and_rest(service, peer)
         with contextlib.suppress(ConnectionError):
             assert sum(map(len, iter(lambda: peer.socket.recv(1 << 20), b""))) < 20_000_000
+
+
+MOST = 40_000
+"""Bytes that small buffers do not hold of a short answer, also when one record of TLS is read besides (16 KiB)."""
+
+
+async def short(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with more than small buffers hold, and less than makes a transport say that it is too much."""
+    await Json("x" * 60_000)(scope, receive, send)
+
+
+def ask_with_small_buffers(service: Service) -> Peer:
+    """A client for whom a part of a short answer waits in the server."""
+    service.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    client = socket.socket()
+    client.settimeout(PATIENCE)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", service.port))
+    return Peer(client)
+
+
+def test_what_a_client_leaves_unread_at_its_end_is_given_up() -> None:
+    with Service(short, write_timeout=0.1) as service, ask_with_small_buffers(service) as peer:
+        peer.send(GET)
+        peer.receive()
+        peer.socket.shutdown(socket.SHUT_WR)
+        service.rest()
+        assert left(peer) < MOST
+
+
+def left(peer: Peer) -> int:
+    """Bytes that have come and do so until the end, be they enciphered or not."""
+    total = len(peer._data)
+    with contextlib.suppress(ConnectionError):
+        while more := socket.socket.recv(peer.socket, 1 << 16):
+            total += len(more)
+    return total
 
 
 def test_a_client_that_waits_to_be_told_to_go_on(service: Service) -> None:

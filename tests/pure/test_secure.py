@@ -15,7 +15,21 @@ from imageapi.api.listen import Listeners
 from imageapi.config import Config, Tls
 from imageapi.errors import Invalid
 from lab.web import make_certificate
-from pure.test_connection import CREATE, GET, HOST, PATIENCE, POST, Peer, Service, ask_and_rest, long
+from pure.test_connection import (
+    CREATE,
+    GET,
+    HOST,
+    MOST,
+    PATIENCE,
+    POST,
+    Peer,
+    Service,
+    ask_and_rest,
+    ask_with_small_buffers,
+    left,
+    long,
+    short,
+)
 
 pytestmark = pytest.mark.pure
 
@@ -152,6 +166,48 @@ def test_a_long_answer_comes_whole_however_late_it_is_read(certificates: Path, m
         ask_and_rest(service, peer)
         assert peer.answer() == (200, "x" * 20_000_000)
         assert peer.at_end()
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["within TLS", "beside it"])
+def test_what_a_client_leaves_unread_at_its_end_is_given_up(certificates: Path, says_so: bool) -> None:
+    with serving(certificates, short, write_timeout=0.1) as service:
+        plain = ask_with_small_buffers(service)
+        with Peer(trusting(certificates).wrap_socket(plain.socket, server_hostname="localhost")) as peer:
+            peer.send(GET)
+            peer.receive()
+            (say_all if says_so else shut)(peer)
+            service.rest()
+            assert left(peer) < MOST
+
+
+def say_all(peer: Peer) -> None:
+    """Say that this was all, as TLS says it, and do not wait to hear the same."""
+    peer.socket.settimeout(0)
+    with contextlib.suppress(ssl.SSLError):
+        peer.socket.unwrap()  # type: ignore[attr-defined]
+    peer.socket.settimeout(PATIENCE)
+
+
+def shut(peer: Peer) -> None:
+    socket.socket.shutdown(peer.socket, socket.SHUT_WR)
+
+
+def test_who_breaks_it_and_still_sends_can_read_that_it_is_broken(certificates: Path) -> None:
+    """After more than all buffers between hold."""
+    with serving(certificates) as service, connect(service, trusting(certificates)) as peer:
+        socket.socket.sendall(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(30_000_000))
+        with pytest.raises(ssl.SSLError, match="alert bad record mac"):
+            peer.receive()
+
+
+def test_a_client_that_says_it_has_said_all_has_its_create_undone(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, though it stays connected."""
+    monkeypatch.setattr("imageapi.api.connection.LINGER", 1000.0)
+    with serving(certificates) as service, connect(service, trusting(certificates)) as peer:
+        say_all(service.begin(peer))
+        assert service.engine.cancelled.wait(PATIENCE)
 
 
 def test_a_client_that_still_sends_can_read_why_it_should_not(certificates: Path) -> None:

@@ -207,6 +207,19 @@ class Connection(asyncio.Protocol):
         del self._parser, self._current  # both hold this connection
         self._all.leave(self, self._kind)
 
+    def eof_received(self) -> None:
+        """The transport closes when all is sent. Also for the little that it does not call too much, the client has
+        the write timeout."""
+        if self._transport.get_write_buffer_size():
+            self._transport.set_write_buffer_limits(0)
+
+    def hung_up(self) -> None:
+        """The client has ended it, or broken it, in the middle of a stream that may go on: what is due is for nobody,
+        and the last that was said can still be read."""
+        for exchange in self._due:
+            exchange.leave()
+        self._transport.close()
+
     def shutdown(self) -> None:
         """Close when all that is due is answered."""
         if self._due:

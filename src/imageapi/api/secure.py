@@ -12,6 +12,7 @@ import contextlib
 import ssl
 from typing import Any
 
+from imageapi.api.connection import Connection
 from imageapi.config import Tls
 from imageapi.errors import Invalid
 
@@ -52,7 +53,7 @@ def _words(error: OSError) -> str:
 class Secured(asyncio.Protocol):
     """What a transport sees as its protocol, and the protocol `inner` as its transport."""
 
-    def __init__(self, inner: asyncio.Protocol, how: ssl.SSLContext, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, inner: Connection, how: ssl.SSLContext, loop: asyncio.AbstractEventLoop) -> None:
         self._inner = inner
         self._loop = loop
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -67,6 +68,9 @@ class Secured(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._inner.connection_lost(exc)
+
+    def eof_received(self) -> None:
+        self._inner.eof_received()
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()
@@ -95,14 +99,14 @@ class Secured(asyncio.Protocol):
         self._flush()  # also an alert
         if failed:
             self._ended = True
-            self._transport.close()
+            self._inner.hung_up()
 
     def _read(self) -> None:
         """Give the inner protocol what there is, until it has enough. Raises: ssl.SSLError."""
         while not (self._paused or self._ended):
             data = self._tls.read(PIECE)
             if not data:
-                self.close()  # the client says that it has said all
+                self._inner.hung_up()  # it says that it has said all
                 return
             self._inner.data_received(data)
 
