@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import pytest
@@ -40,11 +40,11 @@ uvloop.new_event_loop().close()
 class Service:
     """A server on a port of loopback, in a thread of its own."""
 
-    def __init__(self, application: App | None = None, **config: Any) -> None:
+    def __init__(self, application: App | None = None, *, given: Sequence[socket.socket] = (), **config: Any) -> None:
         self.engine = MemoryEngine()
         self._config = Config(**{"schemes": ("http",), "host": "127.0.0.1", "port": 0, **config})
         self._application = application or app(self.engine, self._config)
-        self._listeners = Listeners(self._config)
+        self._listeners = Listeners(self._config, given)
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
 

@@ -255,6 +255,49 @@ def test_what_cannot_be_listened_with_is_named(certificates: Path, tls: dict[str
         Listeners(Config(schemes=("https",), tls=Tls(port=0, **files)))  # type: ignore[arg-type]
 
 
+def handed_over(certificates: Path, port: int, given: list[socket.socket]) -> Listeners:
+    """What a server with https on this port makes of sockets that were bound for it."""
+    file = str(certificates / "server.pem")
+    return Listeners(Config(schemes=("https",), tls=Tls(port=port, certificate=file, key=file)), given)
+
+
+def test_a_socket_that_is_handed_over_with_the_port_of_https_speaks_it(certificates: Path) -> None:
+    file = str(certificates / "server.pem")
+    given = socket.create_server(("127.0.0.1", 0))
+    tls = Tls(port=given.getsockname()[1], certificate=file, key=file)
+    with (
+        Service(given=[given], schemes=("https",), tls=tls) as service,
+        connect(service, trusting(certificates)) as peer,
+    ):
+        peer.send(GET)
+        assert peer.answer() == (200, [])
+
+
+def test_the_others_that_are_handed_over_are_plain(certificates: Path, run_dir: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as over_tls,
+        socket.create_server(("127.0.0.1", 0)) as plain,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind(str(run_dir / "given.sock"))
+        unix.listen()
+        names = handed_over(certificates, over_tls.getsockname()[1], [unix, plain, over_tls]).names
+    assert [name.partition(":")[0] for name in names] == ["unix", "http", "https"]
+
+
+def test_https_on_no_socket_that_is_handed_over_is_not_served_as_plain_http(certificates: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as given,
+        pytest.raises(Invalid, match=r"--scheme https.* as --tls-port"),
+    ):
+        handed_over(certificates, 1, [given])
+
+
+def test_a_socket_that_is_handed_over_is_not_heard_beyond_loopback_by_unknown_clients(certificates: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as given, pytest.raises(Invalid, match=r"ListenStream= .*--tls-ca"):
+        handed_over(certificates, given.getsockname()[1], [given])
+
+
 def test_beyond_loopback_clients_must_show_who_they_are(certificates: Path) -> None:
     file = str(certificates / "server.pem")
     tls = Tls(host="0.0.0.0", port=0, certificate=file, key=file, ca=file)

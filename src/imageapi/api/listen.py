@@ -56,7 +56,7 @@ class Listeners:
     def __init__(self, config: Config, given: Sequence[socket.socket] = ()) -> None:
         """Raises: errors.Problem, when one cannot be had."""
         self._config = config
-        self._all = [Listener(_checked(one, config), "http") for one in given]
+        self._all = _handed_over(given, config)
         self._own: tuple[int, int] | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
@@ -157,26 +157,49 @@ def _is_socket(path: str) -> bool:
     return stat.S_ISSOCK(os.lstat(path).st_mode)
 
 
-def _checked(given: socket.socket, config: Config) -> socket.socket:
-    """A socket that was bound for us.
+def _handed_over(given: Sequence[socket.socket], config: Config) -> list[Listener]:
+    """The sockets that were bound for us. Where https was asked for, it is spoken on those with its port.
 
-    Raises: Invalid, when it is of no use, or is heard beyond loopback.
+    Raises: Invalid, when one is of no use or is heard beyond loopback, or when none is for the https asked for.
     """
+    found = [_checked(one, config) for one in given]
+    if given and "https" in config.schemes and not any(one.scheme == "https" for one in found):
+        raise Invalid(
+            f"--scheme https: no socket that was handed over has the port {config.tls.port}; give the port of a "
+            "ListenStream= in the unit as --tls-port, or leave out --scheme https"
+        )
+    return found
+
+
+def _checked(given: socket.socket, config: Config) -> Listener:
     address = given.getsockname()
     if given.type != socket.SOCK_STREAM or not given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise Invalid("a socket that was handed over is none that streams come in on; give ListenStream= in the unit")
-    if given.family != socket.AF_UNIX and not is_loopback(address[0]) and not config.insecure_http:
-        raise Invalid(f"ListenStream= {address[0]}:{address[1]} {BEYOND}")
-    return given
+    if given.family == socket.AF_UNIX:
+        return Listener(given, "unix")
+    secured = "https" in config.schemes and address[1] == config.tls.port
+    beyond = _beyond_tls(config) if secured else _beyond(config)
+    if beyond is not None and not is_loopback(address[0]):
+        raise Invalid(f"ListenStream= {address[0]}:{address[1]} {beyond}")
+    return Listener(given, "https" if secured else "http")
+
+
+def _beyond(config: Config) -> str | None:
+    """Why plain http may not be heard beyond loopback; None if it may."""
+    return None if config.insecure_http else BEYOND
+
+
+def _beyond_tls(config: Config) -> str | None:
+    """The same of https."""
+    return None if config.tls.ca is not None or config.insecure_http else BEYOND_TLS
 
 
 def _http(config: Config) -> Iterator[socket.socket]:
-    return _on_all(config.host, config.port, "", None if config.insecure_http else BEYOND)
+    return _on_all(config.host, config.port, "", _beyond(config))
 
 
 def _https(config: Config) -> Iterator[socket.socket]:
-    known = config.tls.ca is not None or config.insecure_http
-    return _on_all(config.tls.host, config.tls.port, "tls-", None if known else BEYOND_TLS)
+    return _on_all(config.tls.host, config.tls.port, "tls-", _beyond_tls(config))
 
 
 def _context(config: Config) -> ssl.SSLContext:
