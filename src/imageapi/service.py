@@ -87,7 +87,7 @@ async def _serve(config: Config, site: Site, given: Given) -> None:
             _settle()
             log.info("imageapi-server %s listens on %s", __version__, ", ".join(listeners.names))
             voice.ready(f"STATUS={engine.summary()}")
-            await listeners.serve(app(engine, config), stop, rest)
+            await listeners.serve(app(engine, config), stop, rest, in_vain=lambda: pool.lost)
     finally:
         listeners.close()
         await engine.stop()

@@ -9,13 +9,28 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
-from lab.server import FOREVER, Server, alive, box, eventually, image, kill, other_release, squashfs, writable
+from lab.processes import processes
+from lab.server import (
+    FOREVER,
+    Server,
+    alive,
+    box,
+    eventually,
+    image,
+    kill,
+    other_release,
+    posting,
+    squashfs,
+    writable,
+)
 
 pytestmark = pytest.mark.api
 
@@ -228,6 +243,49 @@ def test_a_server_whose_supervisor_cannot_work_says_so_and_ends(run_dir: Path) -
     assert ended.stderr.startswith("imageapi-server: the supervisor does not work")
     assert str(run_dir / "supervisor" / "log") in ended.stderr
     assert not (run_dir / "socket").exists()
+
+
+@contextlib.contextmanager
+def starting(server: Server) -> Iterator[tuple[int, Future[httpx.Response]]]:
+    """A create that waits for the supervisor, which is stopped: that one's pid, and the answer."""
+    supervisor, mounts = server.supervisor, server.run_dir / "mounts"
+    before = len(list(mounts.iterdir()))
+    os.kill(supervisor, signal.SIGSTOP)
+    with posting(server, "/container", box(FOREVER)) as answer:
+        eventually(lambda: len(list(mounts.iterdir())) > before, "it is being made")
+        yield supervisor, answer
+
+
+def test_a_server_without_supervisor_and_zygote_waits_for_neither(server: Server) -> None:
+    """Nothing that is under way can come to an end any more."""
+    for name in ("kept", "killed"):
+        server.post("/container", box(FOREVER, name=name))
+    kept = server.get("/container/byname/kept")
+    with starting(server) as (supervisor, _), server.client() as http, ThreadPoolExecutor(1) as pool:
+        pool.submit(http.delete, "/container/byname/killed?force=true")
+        eventually(lambda: _is_being_deleted(server, "killed"), "it waits for its end")
+        zygote = next(one.pid for one in processes().values() if one.parent == server.pid)
+        for pid in (supervisor, zygote):
+            os.kill(pid, signal.SIGKILL)
+        assert server.ends_within(10)
+    server.start()
+    assert server.get("/container/byname/kept") == kept
+
+
+def _is_being_deleted(server: Server, name: str) -> bool:
+    """A start is refused then."""
+    answer = server.http.get(f"/container/byname/{name}/running")
+    return "being deleted" in answer.text
+
+
+def test_a_server_that_ends_refuses_at_once_and_answers_what_is_under_way(server: Server) -> None:
+    with starting(server) as (supervisor, answer):
+        os.kill(server.pid, signal.SIGTERM)
+        eventually(lambda: not server.socket.exists(), "nobody is let in any more")
+        assert server.runs
+        os.kill(supervisor, signal.SIGCONT)
+        assert answer.result().status_code == 201
+    assert server.ends_within(10)
 
 
 def test_what_is_gone_is_told_of_it_and_of_its_users(server: Server) -> None:

@@ -189,6 +189,14 @@ class Server(Api):
             self._process = None
             self.reconnect()
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it ends by itself."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        self.reconnect()
+        return not self.runs
+
     @property
     def supervisor(self) -> int:
         """The pid of this run directory's supervisor: the holder of its lock (proc_locks(5))."""

@@ -23,6 +23,7 @@ class SlowKernel(Pool):
     """Does each job at once, unless `hold` was called for it, and fails it when `failures` has something for it."""
 
     def __init__(self) -> None:
+        self.lost = False
         self.failures: dict[Step, Exception] = {}
         self.standing: set[Key] = set()
         self.released: list[Key] = []

@@ -228,7 +228,7 @@ def written(application: App, request: bytes) -> list[bytes]:
         wire = Wire(connection)
         connection.connection_made(wire)
         connection.data_received(request)
-        await connections.finish()
+        await connections.finish(connections.config.graceful_timeout)
         return wire.writes
 
     return uvloop.run(serve())
@@ -266,7 +266,7 @@ def test_it_is_at_rest_once_when_requests_have_ceased(monkeypatch: pytest.Monkey
             await asyncio.sleep(0.001)
             answered.append(1)
         await asyncio.sleep(0.2)
-        await connections.finish()
+        await connections.finish(connections.config.graceful_timeout)
 
     uvloop.run(serve())
     assert moments == [3]

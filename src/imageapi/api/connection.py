@@ -125,12 +125,12 @@ class Connections:
         if not self._open:
             self._empty.set()
 
-    async def finish(self) -> None:
-        """Wait for the answers that are due, cancel what takes too long, and close all. A loop that is closed while it
-        still has connections fails (EBUSY, of uv_loop_close)."""
+    async def finish(self, patience: float) -> None:
+        """Wait for the answers that are due, cancel what takes more than `patience` seconds, and close all. A loop that
+        is closed while it still has connections fails (EBUSY, of uv_loop_close)."""
         for connection in list(self._open):
             connection.shutdown()
-        await self._answered(self.config.graceful_timeout)
+        await self._answered(patience)
         for task in list(self._tasks):
             task.cancel()
         await self._answered(LAST_WORDS)

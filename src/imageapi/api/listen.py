@@ -57,6 +57,7 @@ class Listeners:
         """Raises: errors.Problem, when one cannot be had."""
         self._config = config
         self._all = _handed_over(given, config)
+        self._given = bool(given)
         self._own: tuple[int, int] | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
@@ -75,11 +76,21 @@ class Listeners:
         """How a client calls each."""
         return [one.name for one in self._all]
 
-    async def serve(self, app: App, stop: asyncio.Event, at_rest: Callable[[], None] = lambda: None) -> None:
-        """Answer requests until `stop`, then let those under way end. `at_rest` is as for Connections."""
+    async def serve(
+        self,
+        app: App,
+        stop: asyncio.Event,
+        at_rest: Callable[[], None] = lambda: None,
+        in_vain: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Answer requests until `stop`, then let those under way end, unless it is `in_vain` to wait for them: new ones
+        are for the next server where sockets are given, and are refused at once elsewhere. `at_rest` is as for
+        Connections."""
         connections = Connections(app, self._config, at_rest)
         await unless(stop, self._let_in(connections))
-        await connections.finish()
+        if not self._given:
+            self.close()
+        await connections.finish(0.0 if in_vain() else self._config.graceful_timeout)
 
     async def _let_in(self, connections: Connections) -> NoReturn:
         """Take connections, for ever, as long as there are descriptors for them; otherwise they wait in the kernel. A
@@ -113,6 +124,7 @@ class Listeners:
             status = os.stat(self._config.socket_path)
             if self._own == (status.st_dev, status.st_ino):
                 os.unlink(self._config.socket_path)
+        self._own = None
 
     def _unix(self) -> socket.socket:
         path = self._config.socket_path

@@ -80,9 +80,9 @@ class Engine:
             self._tasks.linger(self._auditor.follow(watch, looked=looked))
 
     async def stop(self) -> None:
-        """Let what is under way end; containers run on."""
+        """Let what is under way end, if anything still can; containers run on."""
         self._mender.close()
-        await self._tasks.drain(self._config.cleanup_timeout)
+        await self._tasks.drain(0.0 if self._pool.lost else self._config.cleanup_timeout)
         await self._containers.leave()
         self._ledger.close()
         self._pool.close()
