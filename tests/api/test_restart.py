@@ -260,7 +260,7 @@ def test_a_server_without_supervisor_and_zygote_waits_for_neither(server: Server
     """Nothing that is under way can come to an end any more."""
     for name in ("kept", "killed"):
         server.post("/container", box(FOREVER, name=name))
-    kept = server.get("/container/byname/kept")
+    kept = server.get("/container/byname/kept")["pid"]
     with starting(server) as (supervisor, _), server.client() as http, ThreadPoolExecutor(1) as pool:
         pool.submit(http.delete, "/container/byname/killed?force=true")
         eventually(lambda: _is_being_deleted(server, "killed"), "it waits for its end")
@@ -269,7 +269,7 @@ def test_a_server_without_supervisor_and_zygote_waits_for_neither(server: Server
             os.kill(pid, signal.SIGKILL)
         assert server.ends_within(10)
     server.start()
-    assert server.get("/container/byname/kept") == kept
+    assert server.get("/container/byname/kept")["pid"] == kept
 
 
 def _is_being_deleted(server: Server, name: str) -> bool:

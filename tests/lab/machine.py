@@ -137,12 +137,13 @@ class Machine:
     # ------------------------------------------------------------------------------------------ the end
 
     def tidy(self) -> list[str]:
-        """At the end of a run: remove what failed or interrupted tests left of this run, and its places.
+        """At the end of a run: remove what failed or interrupted tests left of this run, and its places. A process that
+        may be another run's is left alone.
 
         Returns what would not go.
         """
         for process in processes().values():
-            if process.pid != os.getpid() and process.belongs_to(self.session):
+            if process.pid != os.getpid() and process.is_surely_of(self.session):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
         for mountpoint in reversed(self._own_mounts()):

@@ -28,16 +28,22 @@ class Process(NamedTuple):
         return self._read("cmdline").replace("\0", " ").strip() or f"[{self.name}]"
 
     def belongs_to(self, session: Session) -> bool:
-        """Whether the run has started it: it descends from this process, or has the run's token in its environment, or
-        works in the run's places. One that only has our name counts too, unless somebody's shell started it."""
+        """Whether the run has started it, as far as can be told: one that only has our name counts too, unless
+        somebody's shell started it."""
+        if self.is_surely_of(session):
+            return True
         environment = self._read("environ")
-        if f"{VARIABLE}={session.token}" in environment or os.getpid() in self._ancestors():
+        by_hand = "HOME=" in environment or VARIABLE in environment
+        return self.name.startswith(OUR_COMMANDS) and not (
+            by_hand or session.concerns_a_neighbour("\n".join(self._ties()))
+        )
+
+    def is_surely_of(self, session: Session) -> bool:
+        """Whether it descends from this process, or has the run's token in its environment, or works in the run's
+        places."""
+        if f"{VARIABLE}={session.token}" in self._read("environ") or os.getpid() in self._ancestors():
             return True
-        ties = "\n".join(self._ties())
-        if session.name in ties:
-            return True
-        by_hand = "HOME=" in environment or VARIABLE in environment or session.concerns_a_neighbour(ties)
-        return self.name.startswith(OUR_COMMANDS) and not by_hand
+        return session.name in "\n".join(self._ties())
 
     def _ancestors(self) -> Iterator[int]:
         process: Process | None = self
