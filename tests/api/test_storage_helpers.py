@@ -173,7 +173,7 @@ def test_a_delete_that_is_refused_while_it_is_not_mended_changes_nothing(server:
         (after,) = server.get("/attach")
         assert after["refs"] == before["refs"]
     server.delete(f"/container/{box['id']}?force=true")
-    assert server.get("/attach") == []
+    eventually(lambda: server.get("/attach") == [], "it goes as well, when nobody tries to mend it any more")
 
 
 @ONLY_CEPH
