@@ -172,7 +172,7 @@ HOSTILE: dict[str, tuple[list[Member], str]] = {
     "no number": ([Member("a", pax={"mtime": "\u00b2.5"})], "a time, a target or an attribute"),
     "a time of a directory": ([Member("d/", pax={"mtime": "1e30"})], "'d' has an owner, a time or an attribute"),
     "a target with a NUL": ([Member("a", symlink="b", pax={"linkpath": "a\0b"})], "a time, a target or an attribute"),
-    "through one to nothing": ([Member("lib", symlink="usr/lib"), Member("lib/x", b"")], "that leads to nothing"),
+    "through one to nothing": ([Member("lib", symlink="usr/lib"), Member("lib/x", b"")], "behind a symbolic link"),
     "no target": ([Member("a", symlink="")], "'a' is a symbolic link to nothing"),
     "a link into a directory that is not there": ([Member("a", link="d/b")], "hard link to 'd/b', which is not before"),
     "an attribute's name": ([Member("a", pax={f"{XATTR}user.a\0b": "x"})], "a time, a target or an attribute"),

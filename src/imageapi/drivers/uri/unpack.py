@@ -141,8 +141,6 @@ class _Tree:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, 0o755, dir_fd=directory)
                 inner = openat2(directory, name, _DIRECTORY, _BENEATH)
-            except FileNotFoundError:
-                raise _Refused("lies behind a symbolic link that leads to nothing") from None
             finally:
                 os.close(directory)
             directory = inner
