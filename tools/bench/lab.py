@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ ON_THE_HOST = ("limit", "launch")
 IN_THE_IMAGE = ("stamp", "wait")
 """Without a C library: their first instruction is theirs."""
 BARE = ("-static", "-nostdlib", "-fno-stack-protector", "-fno-builtin")
+LET_GO = 10.0
+"""Seconds until what is mounted is not used any more when all that was started has ended."""
 DIRECTORIES = ("bin", "dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "var/lib")
 
 
@@ -62,8 +66,24 @@ def _place() -> Iterator[Path]:
         mount("imageapi-bench", str(place), "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
         yield place
     finally:
-        umount(str(place))
+        _unmount(str(place))
         place.rmdir()
+
+
+def _unmount(place: str) -> None:
+    """The kernel may still be about the last of what was in it: namespaces that end, devices that are let go.
+
+    Raises: OSError, when it is in use for longer than that takes.
+    """
+    deadline = time.monotonic() + LET_GO
+    while True:
+        try:
+            umount(place)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _make(lab: Lab) -> None:
