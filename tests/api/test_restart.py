@@ -257,19 +257,32 @@ def starting(server: Server) -> Iterator[tuple[int, Future[httpx.Response]]]:
 
 
 def test_a_server_without_supervisor_and_zygote_waits_for_neither(server: Server) -> None:
-    """Nothing that is under way can come to an end any more."""
-    for name in ("kept", "killed"):
-        server.post("/container", box(FOREVER, name=name))
-    kept = server.get("/container/byname/kept")["pid"]
-    with starting(server) as (supervisor, _), server.client() as http, ThreadPoolExecutor(1) as pool:
+    """Of an end that was asked for nobody can tell any more."""
+    kept, killed = (server.post("/container", box(FOREVER, name=name))["pid"] for name in ("kept", "killed"))
+    with outlived(killed), server.client() as http, ThreadPoolExecutor(1) as pool:
         pool.submit(http.delete, "/container/byname/killed?force=true")
         eventually(lambda: _is_being_deleted(server, "killed"), "it waits for its end")
         zygote = next(one.pid for one in processes().values() if one.parent == server.pid)
-        for pid in (supervisor, zygote):
+        for pid in (server.supervisor, zygote):
             os.kill(pid, signal.SIGKILL)
         assert server.ends_within(10)
     server.start()
     assert server.get("/container/byname/kept")["pid"] == kept
+
+
+@contextlib.contextmanager
+def outlived(pid: int) -> Iterator[None]:
+    """Within it a container's first process that is killed does not come to its end: it waits for one that has entered
+    its pid namespace, which nobody reaps."""
+    entered = subprocess.Popen(["nsenter", "-t", str(pid), "-p", "sleep", "1000"])
+    try:
+        eventually(lambda: [one for one in processes().values() if one.parent == entered.pid], "one has entered")
+        os.kill(entered.pid, signal.SIGSTOP)
+        yield
+    finally:
+        os.kill(entered.pid, signal.SIGCONT)
+        entered.kill()
+        entered.wait()
 
 
 def _is_being_deleted(server: Server, name: str) -> bool:
