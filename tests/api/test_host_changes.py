@@ -145,6 +145,8 @@ def test_a_file_system_that_somebody_has_bound_elsewhere(server: Server, tmp_pat
         assert (tmp_path / "file").read_text() == "written"
         if kind == "overlay":
             assert os.path.exists(f"{made['overlay']['upperdir']}/file")
+        assert server.get(f"/mount/{made['id']}") == made, "nothing has changed"
+        assert os.path.ismount(made["mountpoint"])
     finally:
         run("umount", tmp_path)
     server.clear()

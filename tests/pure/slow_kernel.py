@@ -11,6 +11,7 @@ from typing import Any
 
 from imageapi.config import Config
 from imageapi.engine.engine import Engine
+from imageapi.engine.jobs import RELEASES
 from imageapi.engine.pool import Chain, Job, Pool
 from imageapi.errors import NotFound, TimedOut
 from imageapi.records import Facts, Key
@@ -98,7 +99,8 @@ SYNC: Step = "sync", Key("mount", -1)
 
 
 def _step(job: Job) -> Step:
-    return SYNC if job.about is None else (job.name, job.about.key)
+    name = "release" if job.name in RELEASES else job.name
+    return SYNC if job.about is None else (name, job.about.key)
 
 
 class Supervisor:

@@ -94,6 +94,13 @@ def observe(record: AnyRecord, site: Site, facts: Callable[[Mount], Facts]) -> F
 class MountDriver(LocalDriver):
     """What is the same for all kinds of mount."""
 
+    def check_not_elsewhere(self, record: AnyRecord, site: Site) -> None:
+        """Raises: errors.Conflict naming where else in this mount namespace what only this mount was made of can be
+        seen: somebody has bound it there. It reads all mounts of the host."""
+        path = _real(site.mountpoint(record.token))
+        if others := [each for each in _here(site.mark(record.key)) if each != path]:
+            raise holders.busy(str(record.key), (), (f"the mount at {each}" for each in others))
+
     def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:
         path = site.mountpoint(record.token)
         stack = host.stack(_real(path))

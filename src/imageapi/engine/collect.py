@@ -121,8 +121,9 @@ class Collector:
                 self._ledger.spare(record)
                 self._mender.resume(record)
 
-    async def release(self, record: AnyRecord) -> None:
+    async def release(self, record: AnyRecord, verb: str = "release") -> None:
         """Have the kernel let go of an object that is `releasing`; a job still under way on it is waited for first.
+        `verb` is one of jobs.RELEASES.
 
         Raises: errors.Problem; a bug is one, too, so that it is told and tried again.
         """
@@ -131,7 +132,7 @@ class Collector:
             if isinstance(record.spec, Container):
                 await _or_bug(record, self._containers.discard(record))
             else:
-                await _or_bug(record, self._jobs.drive("release", record))
+                await _or_bug(record, self._jobs.drive(verb, record))
 
     async def forget(self, record: AnyRecord) -> None:
         """Drop a record whose object is gone, tell those that stood on it, and collect what stood below it."""

@@ -14,7 +14,7 @@ from imageapi.engine.auditor import Auditor
 from imageapi.engine.collect import Collector
 from imageapi.engine.containers import Containers
 from imageapi.engine.graph import Graph, Picture, describe
-from imageapi.engine.jobs import Jobs
+from imageapi.engine.jobs import RELEASES, Jobs
 from imageapi.engine.ledger import Ledger
 from imageapi.engine.mending import Mender
 from imageapi.engine.pool import Job, NoWorker, Pool
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN = 0.05
 """Seconds between two looks whether the kernel has let go of the last object."""
-STEPS = {"acquire": "making", "release": "releasing"}
+STEPS = {"acquire": "making", **dict.fromkeys(RELEASES, "releasing")}
 """What a job is called that has not said how far it is."""
 HUNG = "see which storage does not answer, and ask again"
 
@@ -190,7 +190,7 @@ class Engine:
         last = self._graph.still(key)
         self._ledger.leave(record)
         try:
-            await self._collector.release(record)
+            await self._collector.release(record, "delete")
         except Problem as problem:
             await self._keep(record, before, problem)
             raise

@@ -23,6 +23,10 @@ UNMADE = (Phase.PLANNED, Phase.ACQUIRING)
 """The phases of what is not there yet, or only in part."""
 
 
+RELEASES = ("release", "delete")
+"""The jobs that take an object out of the kernel: with what needed it, or asked for by itself."""
+
+
 class GivenUp(Problem):
     """What was waited for will not be done: the request that it was done for has ended before."""
 
@@ -189,7 +193,7 @@ class Series:
         what = f"{job.name} of {describe(about) if about else 'the host'} {late}"
         if self._chain.worker is None:
             return f"{what}: others wait for {where} as well; see to it, then ask again"
-        if job.name == "release" and about is not None:
+        if job.name in RELEASES and about is not None:
             remedy = f"it goes when that is back{self._giving_up(about)}"
         else:
             remedy = "see to it, or delete what needs it"

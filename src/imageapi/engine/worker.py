@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from imageapi import errors
 from imageapi.config import Site
@@ -24,6 +24,9 @@ from imageapi.drivers.base import HelpedDriver, driver
 from imageapi.drivers.progress import LeftOff, Progress
 from imageapi.linux import packet, syncfs
 from imageapi.records import AnyRecord, Facts
+
+if TYPE_CHECKING:
+    from imageapi.drivers.mounts import MountDriver
 
 TOLD_EVERY = 0.25
 """Seconds between two words of how far one step of a job is."""
@@ -130,6 +133,14 @@ def release(site: Site, record: AnyRecord) -> None:
     driver(record.key.collection, record.kind).release(record, site)
 
 
+def delete(site: Site, record: AnyRecord) -> None:
+    """The release of what is asked for by itself. A mount that somebody has bound elsewhere is then left whole."""
+    own = driver(record.key.collection, record.kind)
+    if record.key.collection == "mount":
+        cast("MountDriver", own).check_not_elsewhere(record, site)
+    own.release(record, site)
+
+
 def observe(site: Site, record: AnyRecord) -> Facts | None:
     """What of the object stands in the kernel. One that has lost its helper does, and may be mended."""
     own = driver(record.key.collection, record.kind)
@@ -175,6 +186,7 @@ def audit(site: Site, *arguments: Any) -> Any:
 JOBS: dict[str, Callable[..., Any]] = {
     "acquire": acquire,
     "release": release,
+    "delete": delete,
     "observe": observe,
     "mend": mend,
     "sever": sever,
