@@ -137,6 +137,7 @@ EXHAUSTION = {
 
 CAUSES = {
     codes.EIO: "the storage under it failed; see the 'problem' of what it stands on, and dmesg",
+    codes.ECHILD: "the process made for it was killed, by somebody or for want of memory (dmesg tells); ask again",
     codes.ENOENT: "{path} is not there: it was removed, or something is mounted over it (findmnt tells)",
 }
 """What an errno says in the middle of our work, where nobody gave it a better meaning."""

@@ -215,7 +215,10 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "--cleanup-timeout", type=_argument(duration), default="10s", help="at the end, for what is being undone (10s)"
     )
     work.add_argument(
-        "--graceful-timeout", type=_argument(duration), default="15s", help="at the end, for requests under way (15s)"
+        "--graceful-timeout",
+        type=_argument(duration),
+        default="15s",
+        help="at the end, for requests under way; 0s waits for none (15s)",
     )
     work.add_argument(
         "--log-level",

@@ -78,8 +78,8 @@ class Store:
                 return msgspec.json.decode(file.read(), type=dict[str, int])
         except FileNotFoundError:
             return {}
-        except msgspec.MsgspecError:
-            log.exception("%s/%s cannot be read; ids continue after the records", self._directory, COUNTERS)
+        except msgspec.MsgspecError as error:
+            log.error("%s/%s cannot be read: ids continue after the records (%s)", self._directory, COUNTERS, error)
             return {}
 
     def load(self) -> Contents:

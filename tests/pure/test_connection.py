@@ -183,6 +183,13 @@ def test_what_is_no_request_is_told_so_and_the_connection_ends(service: Service,
     assert service.say(GET) == (200, [])
 
 
+def test_what_is_no_request_is_told_with_the_reason(service: Service) -> None:
+    with service.connect() as peer:
+        peer.send(NOISE["a length and chunks"])
+        _, problem = peer.answer()
+        assert "Content-Length" in problem["message"]
+
+
 @pytest.mark.parametrize(
     "parts",
     [(GET[:-2] + b"X: " + b"y" * 5000 + b"\r\n\r\n",), (GET[:-2], b"X: " + b"y" * 5000),

@@ -135,3 +135,13 @@ def test_counters_are_kept(store: Store) -> None:
     assert store.counters() == {}
     store.save_counters({"attach": 3, "mount": 9})
     assert store.counters() == {"attach": 3, "mount": 9}
+
+
+def test_counters_that_cannot_be_read_are_told_in_one_line(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "counters.json").write_text("{")
+    assert store.counters() == {}
+    [said] = caplog.records
+    assert "counters.json cannot be read" in said.message
+    assert said.exc_info is None

@@ -245,8 +245,8 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # it is served as if it had not asked for one
-        except httptools.HttpParserError:
-            self._refuse(Malformed("this is no HTTP/1.1 request"))
+        except httptools.HttpParserError as error:
+            self._refuse(Malformed(f"this is no HTTP/1.1 request: {error}"))
         if self._part is Part.HEAD:
             self._check_head(self._head_size)
 

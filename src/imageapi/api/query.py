@@ -12,14 +12,14 @@ from imageapi.api.request import Request
 from imageapi.errors import Invalid
 
 DIGITS = re.compile(r"[0-9]+")
-BEYOND = 2**31
-"""The least number that is no id. A longer one counts as this: int() refuses 4,300 digits and more."""
+BEYOND = 10**18
+"""No id is as large. What is longer counts as this: int() refuses 4,300 digits and more."""
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def number(text: str) -> int:
     """The id written in `text`, which is digits."""
-    return int(text) if len(text.lstrip("0")) <= len(str(BEYOND)) else BEYOND
+    return int(text) if len(text.lstrip("0")) < len(str(BEYOND)) else BEYOND
 
 
 class Query:

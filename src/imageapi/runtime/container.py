@@ -31,6 +31,10 @@ NOTE_AGAIN = 0.5
 NOTES = 16
 """How many messages of systemd's are taken in one turn."""
 OPEN_GATE = b"\n"
+KILLED_BEFORE = (
+    "the first process was killed before it could execute the command, by somebody or for want of memory (dmesg "
+    "tells); start it again"
+)
 FAILED_BY_ITSELF = (BrokenPipeError,)
 """What one meets who orders a child that was just born and has failed; it has said why, which is read as ever."""
 
@@ -240,7 +244,7 @@ class Container:
         if said:
             self._problem = errors.from_dict(msgspec.json.decode(said))
         elif said is None or self._ended_before_gate or not pidfd.has_executed(self.life.pid):
-            self._problem = errors.Problem("the first process was killed before it could execute the command")
+            self._problem = errors.Problem(KILLED_BEFORE)
         else:
             life = msgspec.structs.replace(self.life, start_time=_ticks())
             self.entry = msgspec.structs.replace(self.entry, life=life)
