@@ -493,4 +493,3 @@ def _exit_code(status: int) -> int:
 def _ticks() -> int:
     """Clock ticks since the boot, as proc_pid_stat(5) counts them."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-
