@@ -6,9 +6,9 @@ The collection form shows everything an object stands on whole, all the way down
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec import Raw
@@ -29,13 +29,13 @@ there on: parsers of JSON have their limits (Python's and msgspec's is at 1,000 
 encode = msgspec.json.Encoder(enc_hook=spec.masking_hook).encode
 
 
-class Shown(NamedTuple):
-    """How an object was shown, and all that this came from: a copy of its record, its references and the views of
-    those it stands on. `height` is how many objects the view nests; there is none of more than DEEPEST."""
+class Shown(msgspec.Struct, eq=False):
+    """How an object was shown, and all that this came from: a copy of its record, its references and how those it
+    stands on were shown. `height` is how many objects the view nests; there is none of more than DEEPEST."""
 
     record: AnyRecord
     refs: int
-    children: dict[Key, Raw]
+    below: list[Shown]
     height: int
     view: Raw
 
@@ -47,27 +47,27 @@ class Album:
     def __init__(self) -> None:
         self._last: dict[Key, Shown] = {}
 
-    def whole(self, pictures: Iterable[Picture]) -> list[Raw]:
-        shown: dict[Key, Shown] = {}
-        views = [self._one(picture, shown) for picture in pictures]
-        self._last = shown
-        return views
+    def whole(self, pictures: Sequence[Picture]) -> list[Raw]:
+        """Of pictures that were taken together."""
+        self._last = self._all(pictures) if pictures else {}
+        return [_bounded(self._last[picture.key], picture) for picture in pictures]
 
-    def _one(self, picture: Picture, shown: dict[Key, Shown]) -> Raw:
-        for key in _children_first(picture, shown):
-            shown[key] = self._shown(picture, key, shown)
-        found = shown[picture.key]
-        return found.view if found.height <= DEEPEST else _cut(picture)
+    def _all(self, pictures: Sequence[Picture]) -> dict[Key, Shown]:
+        tables, shown = pictures[0], dict[Key, Shown]()
+        for key in _children_first([picture.key for picture in pictures], tables, shown):
+            shown[key] = self._shown(tables, key, shown)
+        return shown
 
-    def _shown(self, picture: Picture, key: Key, shown: dict[Key, Shown]) -> Shown:
-        record, refs = picture.records[key], picture.refs[key]
-        children = {edge: shown[edge].view for edge in picture.edges[key] if edge in shown}
+    def _shown(self, tables: Picture, key: Key, shown: dict[Key, Shown]) -> Shown:
+        record, refs, edges = tables.records[key], tables.refs[key], tables.edges[key]
+        below = [shown[edge] for edge in edges if edge in shown]
         last = self._last.get(key)
-        if last and last.record == record and last.refs == refs and last.children == children:
+        if last is not None and last.below == below and last.refs == refs and last.record == record:
             return last
-        height = 1 + max((shown[edge].height for edge in children), default=0)
+        height = 1 + max((each.height for each in below), default=0)
+        children = {edge: shown[edge].view for edge in edges if edge in shown}
         view = Raw(encode(_object(record, refs, children)) if height <= DEEPEST else b"null")
-        return Shown(snapshot(record), refs, children, height, view)
+        return Shown(snapshot(record), refs, below, height, view)
 
 
 def whole(picture: Picture) -> Raw:
@@ -75,10 +75,14 @@ def whole(picture: Picture) -> Raw:
     return Album().whole([picture])[0]
 
 
+def _bounded(shown: Shown, picture: Picture) -> Raw:
+    return shown.view if shown.height <= DEEPEST else _cut(picture)
+
+
 def _cut(picture: Picture) -> Raw:
     """The collection form of what nests too many objects: those too far down are shown by their ids."""
     order: dict[Key, AnyRecord] = {}
-    for key in _children_first(picture, order):
+    for key in _children_first([picture.key], picture, order):
         order[key] = picture.records[key]
     levels = _levels(picture, list(order))
     views: dict[Key, Raw] = {}
@@ -101,17 +105,19 @@ def flat(picture: Picture, kind: str) -> View:
     return view
 
 
-def _children_first(picture: Picture, done: Mapping[Key, Any]) -> Iterator[Key]:
-    """The object and all that it stands on, each once and after what it stands on itself, but for what is `done`.
+def _children_first(keys: Iterable[Key], tables: Picture, done: Mapping[Key, Any]) -> Iterator[Key]:
+    """The objects and all that they stand on, each once and after what it stands on itself, but for what is `done`.
     Whoever goes through them does each before asking for the next."""
-    waiting = [picture.key]
-    while waiting:
-        key = waiting[-1]
-        before = [edge for edge in picture.edges[key] if edge not in done and edge in picture.records]
-        if before:
-            waiting += before
-        elif waiting.pop() not in done:
-            yield key
+    edges, records = tables.edges, tables.records
+    for one in keys:
+        waiting = [one]
+        while waiting:
+            key = waiting[-1]
+            for edge in edges[key]:
+                if edge not in done and edge in records:
+                    waiting.append(edge)
+            if waiting[-1] is key and waiting.pop() not in done:
+                yield key
 
 
 def _levels(picture: Picture, order: list[Key]) -> dict[Key, int]:
