@@ -19,7 +19,19 @@ from imageapi.config import Config
 from imageapi.engine import rundir
 from imageapi.errors import Conflict
 from imageapi.linux import loop
-from lab.server import FOREVER, SOURCE, Server, box, copy_of_small_image, eventually, image, kill, squashfs, writable
+from lab.server import (
+    FOREVER,
+    SOURCE,
+    Server,
+    box,
+    copy_of_small_image,
+    eventually,
+    image,
+    kill,
+    running,
+    squashfs,
+    writable,
+)
 
 pytestmark = pytest.mark.api
 
@@ -131,6 +143,25 @@ def test_a_foreign_mount_inside_whose_path_is_no_text(server: Server) -> None:
         server.kill()
         server.start()
     server.clear()
+
+
+def test_a_directory_of_the_host_that_is_bound_elsewhere_with_all_that_is_mounted_in_it(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    """As `mount --rbind /run` does, for a change of root: what the kernel mounts there as well goes with ours."""
+    run("mount", "--bind", run_dir, run_dir)
+    run("mount", "--make-shared", run_dir)
+    run("mount", "--rbind", run_dir, tmp_path)
+    try:
+        with running(run_dir) as server:
+            made = server.post("/mount", writable())
+            there = tmp_path / "mounts" / os.path.basename(made["mountpoint"])
+            assert os.path.ismount(there)
+            server.delete(f"/mount/{made['id']}")
+            assert not os.path.ismount(there)
+    finally:
+        run("umount", tmp_path)
+        run("umount", "-l", run_dir)
 
 
 @pytest.mark.parametrize("kind", ["overlay", "tmpfs"])

@@ -84,6 +84,33 @@ def test_below_names_the_deepest_first(tmpfs: Path) -> None:
     assert mountinfo.below(str(tmpfs)) == []
 
 
+def test_a_copy_that_the_kernel_has_put_beside_goes_with_its_like(tmpfs: Path, run_dir: Path) -> None:
+    """And one that somebody has bound there does not."""
+    (tmpfs / "spot").mkdir()
+    peer, apart = run_dir / "peer", tmpfs / "apart"
+    for directory in (peer, apart):
+        directory.mkdir()
+    mount.mount(None, str(tmpfs), None, mount.MS_SHARED, None)
+    mount.mount(str(tmpfs), str(peer), None, mount.MS_BIND, None)
+    mount.mount("inner", str(tmpfs / "spot"), "tmpfs", 0, None)
+    try:
+        assert _beside(tmpfs / "spot") == set()
+        mount.mount(str(tmpfs / "spot"), str(apart), None, mount.MS_BIND, None)
+        assert _beside(tmpfs / "spot") == {str(apart), str(peer / "apart")}
+        mount.umount(str(tmpfs / "spot"))
+        assert {each.mountpoint for each in mountinfo.read() if each.source == "inner"} == {
+            str(apart),
+            str(peer / "apart"),
+        }
+    finally:
+        mount.umount(str(apart))
+        mount.umount(str(peer))
+
+
+def _beside(path: Path) -> set[str]:
+    return {each.mountpoint for each in mountinfo.beside(str(path)) if each.source == "inner"}
+
+
 def test_holders_name_one_process_of_each_other_namespace(spot: Path) -> None:
     mount.mount("held", str(spot), "tmpfs", 0, None)
     found = mountinfo.at(str(spot))

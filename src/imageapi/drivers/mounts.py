@@ -96,9 +96,12 @@ class MountDriver(LocalDriver):
 
     def check_not_elsewhere(self, record: AnyRecord, site: Site) -> None:
         """Raises: errors.Conflict naming where else in this mount namespace what only this mount was made of can be
-        seen: somebody has bound it there. It reads all mounts of the host."""
-        path = _real(site.mountpoint(record.token))
-        if others := [each for each in _here(site.mark(record.key)) if each != path]:
+        seen, and would be after a release: somebody has bound it there. It reads all mounts of the host."""
+        path, mark = _real(site.mountpoint(record.token)), site.mark(record.key)
+        if all(each == path for each in _here(mark)):
+            return
+        others = [each.mountpoint for each in mountinfo.beside(path) if each.source == mark]
+        if others:
             raise holders.busy(str(record.key), (), (f"the mount at {each}" for each in others))
 
     def audit(self, record: AnyRecord, site: Site, host: Host) -> Wrong | None:

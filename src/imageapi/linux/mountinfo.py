@@ -96,6 +96,30 @@ def below(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
     return sorted(found, key=lambda mount: mount.mountpoint.count("/"), reverse=True)
 
 
+def beside(path: str, mounts: list[Mount] | None = None) -> list[Mount]:
+    """The mounts that stay when the lowest one at `path` is unmounted: all but itself, and its likes on the same
+    directory of a peer or a slave of the mount that it is on (mount_namespaces(7)), where the kernel has put them."""
+    known = read() if mounts is None else mounts
+    by_id = {mount.id: mount for mount in known}
+    lowest = next(iter(stack(path, known)), None)
+    if lowest is None:
+        return known
+    return [each for each in known if each is not lowest and not _goes_with(lowest, each, by_id)]
+
+
+def _goes_with(one: Mount, other: Mount, by_id: dict[int, Mount]) -> bool:
+    below, others_below = by_id.get(one.parent), by_id.get(other.parent)
+    if below is None or others_below is None or _within(one, below) != _within(other, others_below):
+        return False
+    heard = {tag.partition(":")[2] for tag in others_below.tags if tag.startswith(("shared:", "master:"))}
+    return any(f"shared:{group}" in below.tags for group in heard)
+
+
+def _within(mount: Mount, below: Mount) -> tuple[str, str]:
+    """The directory of a file system that a mount is on."""
+    return below.dev, os.path.normpath(f"{below.root}/{os.path.relpath(mount.mountpoint, below.mountpoint)}")
+
+
 def holding(path: str, mounts: list[Mount]) -> Mount:
     """The mount that `path`, which goes over no symbolic link, is on. Raises: ValueError, where there is none."""
     above = (each for each in mounts if f"{path}/".startswith(f"{each.mountpoint.rstrip('/')}/"))
