@@ -134,6 +134,17 @@ def test_a_server_hears_of_trouble_with_a_log_that_began_or_ended_before_it(tmp_
     act(scenario, tmp_path)
 
 
+def test_a_supervisor_that_knows_nothing_of_a_log_takes_nothing_back(tmp_path: Path) -> None:
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        record, run, _ = await started(engine)
+        engine._containers._on_log(LogTrouble(0, 1, errno.ENOSPC))
+        life = Life(id=0, attempt=run.attempt, pid=os.getpid(), start_time=0, log_trouble=None)
+        assert engine._containers._adopt(record, life)
+        assert (record.problem or "").startswith("lines of its log are lost: ")
+
+    act(scenario, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ the next server
 
 

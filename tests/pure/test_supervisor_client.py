@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +32,7 @@ class Client(Supervisor):
         return self._lives
 
 
-def life(number: int, *, running: bool = True, log_trouble: int = 0) -> Life:
+def life(number: int, *, running: bool = True, log_trouble: int | None = 0) -> Life:
     at = None if running else "2026-01-01T00:00:00Z"
     return Life(
         id=number,
@@ -52,10 +55,38 @@ def test_what_starts_while_a_new_supervisor_tells_of_its_lives_has_not_ended(tmp
 
 
 def test_what_a_new_supervisor_says_of_logs_is_news(tmp_path: Path) -> None:
-    client = Client(tmp_path, life(0, log_trouble=28), life(1))
-    client._running |= {0: 1, 1: 1}
+    client = Client(tmp_path, life(0, log_trouble=28), life(1), life(2, log_trouble=None))
+    client._running |= {0: 1, 1: 1, 2: 1}
     asyncio.run(client._resume())
     assert client.logs == [LogTrouble(0, 1, 28), LogTrouble(1, 1, 0)]
+
+
+def test_a_new_supervisor_is_sought_until_there_are_descriptors_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else would ask it what became of the containers."""
+    site = Config(run_dir=str(tmp_path)).site("test")
+    refused = [OSError(errno.EMFILE, "Too many open files")] * 3
+    found = socket.socket
+
+    def scarce(*arguments: Any) -> socket.socket:
+        if refused:
+            raise refused.pop()
+        return found(*arguments)
+
+    async def scenario() -> None:
+        client = Supervisor(site, launch=launched.set, on_ended=lambda _: None)
+        monkeypatch.setattr(socket, "socket", scarce)
+        resuming = asyncio.create_task(client._resume())
+        await asyncio.wait_for(launched.wait(), 10)
+        assert not resuming.done()
+        resuming.cancel()
+        client.close()
+
+    monkeypatch.setattr("imageapi.runtime.client.RELAUNCH", 0.01)
+    launched = asyncio.Event()
+    asyncio.run(scenario())
+    assert refused == []
 
 
 def test_what_an_earlier_supervisor_said_explains_nothing(tmp_path: Path) -> None:

@@ -373,10 +373,10 @@ class Supervisor:
             connection.close()
 
     async def _find(self) -> socket.socket:
-        """The supervisor's end, once it listens; it is launched until it does."""
+        """The supervisor's end, once it listens; it is launched until it does. Raises: errors.Exhausted."""
         loop = asyncio.get_running_loop()
         while True:
-            channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            channel = _channel()
             try:
                 self._reach(channel)
                 return channel
@@ -430,8 +430,15 @@ class Supervisor:
                 log.error("there is no supervisor: %s", problem.message)
                 await asyncio.sleep(RELAUNCH)
         for container, attempt in running.items():
-            if self._running.get(container) == attempt:
-                self._hear(_news(container, attempt, lives.get(container)))
+            if self._running.get(container) == attempt and (news := _news(container, attempt, lives.get(container))):
+                self._hear(news)
+
+
+def _channel() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise errors.from_oserror(error, "reaching the supervisor") from error
 
 
 @contextlib.contextmanager
@@ -473,10 +480,11 @@ def _expect(answer: Answer, kind: type[A]) -> A:
     return answer
 
 
-def _news(container: int, attempt: int, life: Life | None) -> Answer:
-    """What became of a life of which a new supervisor knows how its log does, or the end, or nothing."""
+def _news(container: int, attempt: int, life: Life | None) -> Answer | None:
+    """What became of a life of which a new supervisor knows how its log does, or the end, or nothing; None of one that
+    lives, and has printed nothing since."""
     if life is not None and life.attempt == attempt and life.running:
-        return LogTrouble(container, attempt, life.log_trouble)
+        return None if life.log_trouble is None else LogTrouble(container, attempt, life.log_trouble)
     if life is not None and life.attempt == attempt and life.finished_at is not None:
         return Ended(container, attempt, life.exit_code, life.finished_at)
     return Ended(container, attempt, None, now())

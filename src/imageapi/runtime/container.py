@@ -248,7 +248,7 @@ class Container:
         else:
             life = msgspec.structs.replace(self.life, start_time=_ticks())
             self.entry = msgspec.structs.replace(self.entry, life=life)
-            self._say(Started(life.id, life.attempt, life.pid, life.start_time, self._log_trouble))
+            self._say(Started(life.id, life.attempt, life.pid, life.start_time, self._log_trouble or 0))
 
     @staticmethod
     def _listen_to(tie: socket.socket) -> bytes | None:
@@ -360,8 +360,8 @@ class Container:
         return output.Copier(end, self._around.logs, self.entry.logfile, who, self._on_log_trouble, trouble)
 
     @property
-    def _log_trouble(self) -> int:
-        """The errno for which its log does not take what it prints; 0 when that is not known of it."""
+    def _log_trouble(self) -> int | None:
+        """The errno for which its log does not take what it prints, or 0; None while that is not known."""
         return 0 if self._output is None else self._output.trouble
 
     def _on_log_trouble(self, trouble: int) -> None:

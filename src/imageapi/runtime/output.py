@@ -146,9 +146,9 @@ class Copier:
         self._full = False
 
     @property
-    def trouble(self) -> int:
-        """The errno for which the log does not take what is printed, as far as is known by now; else 0."""
-        return self._trouble or 0
+    def trouble(self) -> int | None:
+        """The errno for which the log does not take what is printed, or 0; None while that is not known."""
+        return self._trouble
 
     def miss(self, trouble: int) -> None:
         """The log has not taken something already, for this errno."""
@@ -200,7 +200,7 @@ class Copier:
 
     def _told_loss(self) -> bytes:
         """What the log must say first."""
-        why = os.strerror(self.trouble)
+        why = os.strerror(self._trouble or 0)
         return logs.lines(self._who, [f"{self._lost} bytes that it printed here are lost: {why}"])
 
     def _say(self, trouble: int) -> None:

@@ -114,7 +114,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     when another supervisor found that it had: its process is older, and is not known by that. `exit_code` is 0 to 255
     or 128 + signal; None while it runs, or when nobody knows. `finished_at` is RFC 3339 in UTC. Of a list: `starting`,
     when it has not executed its command, and may fail to, or its supervisor died before, and it has ended without; and
-    `log_trouble`, as far as it is known by now, as in Started."""
+    `log_trouble` as in Started; None while nobody knows: its supervisor died, and it has printed nothing since."""
 
     id: int
     attempt: int
@@ -124,7 +124,7 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
     finished_at: str | None = None
     starting: bool = False
-    log_trouble: int = 0
+    log_trouble: int | None = 0
 
 
 class Welcome(Message, frozen=True):
