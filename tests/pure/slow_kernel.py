@@ -13,7 +13,7 @@ from imageapi.config import Config
 from imageapi.engine.engine import Engine
 from imageapi.engine.jobs import RELEASES
 from imageapi.engine.pool import Chain, Job, Pool
-from imageapi.errors import NotFound, TimedOut
+from imageapi.errors import NotFound, Problem, TimedOut
 from imageapi.records import Facts, Key
 from imageapi.runtime.protocol import Start, Started
 
@@ -105,11 +105,12 @@ def _step(job: Job) -> Step:
 
 class Supervisor:
     """One that fails the first `failures` calls of each verb as if it hung, and then does nothing but note them. Once
-    it has `lost` its containers it can kill none."""
+    it has `lost` its containers it can kill none; while it is `unheard` nobody can ask it to."""
 
     def __init__(self, engine: Engine, failures: int) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.lost = False
+        self.unheard: Problem | None = None
         self._failures = failures
         containers: Any = engine._containers
         containers._supervisor = containers._stopper._supervisor = containers._starts._supervisor = self
@@ -119,6 +120,8 @@ class Supervisor:
         return Started(order.id, order.attempt, os.getpid(), 0)
 
     async def kill(self, container: int, attempt: int) -> None:
+        if self.unheard is not None:
+            raise self.unheard
         self._call("kill", container, attempt)
         if self.lost:
             raise NotFound(f"container {container} has no start {attempt}")

@@ -13,7 +13,7 @@ import pytest
 
 from imageapi.engine import containers, journal, starts
 from imageapi.engine.engine import Engine
-from imageapi.errors import Conflict, TimedOut
+from imageapi.errors import Conflict, Exhausted, TimedOut
 from imageapi.records import Key, Phase
 from imageapi.runtime.protocol import Ended
 from imageapi.store import Store
@@ -155,6 +155,23 @@ def test_a_container_that_the_supervisor_has_lost_can_be_deleted(tmp_path: Path)
         supervisor.lost = True
         await engine.delete(BOX, force=True)
         await gone(engine, kernel)
+
+    act(scenario, tmp_path)
+
+
+def test_a_delete_that_could_not_even_ask_has_asked_for_nothing(tmp_path: Path) -> None:
+    """The container runs on, also under the next server, and ends as one that nobody has asked."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(container(nest()))
+        supervisor = Supervisor(engine, 0)
+        await engine.request_state(BOX, "running")
+        supervisor.unheard = Exhausted("asking the supervisor: no memory is left")
+        with pytest.raises(Exhausted):
+            await engine.delete(BOX, force=True)
+        run = engine.picture(BOX).record.run
+        assert run is not None
+        assert (run.state, run.stop_requested) == ("running", False)
 
     act(scenario, tmp_path)
 

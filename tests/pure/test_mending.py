@@ -246,6 +246,31 @@ def test_what_a_refused_delete_leaves_is_mended_if_its_helper_has_ended_meanwhil
     act(scenario, tmp_path)
 
 
+def test_what_is_mended_while_its_delete_is_refused_is_so_in_the_end(tmp_path: Path) -> None:
+    """Its store was silent, and its helper never ended: nobody else would say that all is well."""
+
+    async def scenario(engine: Engine, kernel: SlowKernel) -> None:
+        await engine.create(loopback("/image"))
+        record = engine._graph.get(IMAGE)
+        record.facts = Facts(device_file="/dev/loop0", helper=HERE)
+        kernel.mended += [Facts(helper=HERE), Facts(helper=HERE)]
+        kernel.failures["release", IMAGE] = Conflict("it is busy")
+        kernel.hold("mend", IMAGE)
+        engine._mender.lose(record, "its store did not answer")
+        await kernel.begun("mend", IMAGE)
+        deleting = _delete(engine, IMAGE)
+        while record.phase is not Phase.RELEASING:
+            await asyncio.sleep(0)
+        kernel.let_go("mend", IMAGE)
+        with pytest.raises(Conflict, match="busy"):
+            await deleting
+        await says(record, None)
+        assert not engine._mender.is_lost(record)
+        engine._mender.close()
+
+    act(scenario, tmp_path)
+
+
 def test_nothing_is_kept_of_an_object_that_is_gone(tmp_path: Path) -> None:
     async def scenario(engine: Engine, kernel: SlowKernel) -> None:
         kernel.failures["mend", IMAGE] = Conflict("it is another image now")

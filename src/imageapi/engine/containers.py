@@ -142,7 +142,8 @@ class Containers:
             if state == "stopping":
                 raise Conflict(f"{describe(record)} is stopping; ask again when it has exited")
             if self._starts.is_late(record):
-                raise Conflict(f"the last start of {describe(record)} is still being undone; {record.problem}")
+                reason = record.problem or "it is ended as soon as its storage answers: ask again then"
+                raise Conflict(f"the last start of {describe(record)} is still being undone; {reason}")
             self._ends.pop(record.key, None)
             return await self._starts.again(record)
         shared: Picture = await asyncio.shield(starting)
@@ -220,15 +221,24 @@ class Containers:
         run, end = run_of(record), self._end_of(record)
         if run.state not in ("running", "stopping"):
             return
-        run.stop_requested = True
-        try:
-            await self._supervisor.kill(record.id, run.attempt)
-        except NotFound:  # it has no process any more, and nobody is left to say so
-            await self._finish(record, None)
+        await self._ask_to_kill(record, run)
         try:
             await asyncio.wait_for(end.wait(), self._operation_timeout)
         except TimeoutError:
             raise TimedOut(f"{self._waited_for(record)}{self._jobs.giving_up(record)}") from None
+
+    async def _ask_to_kill(self, record: AnyRecord, run: Run) -> None:
+        """Raises: errors.Problem; where it was not even asked, nobody has asked for the container's end."""
+        asked, run.stop_requested = run.stop_requested, True
+        try:
+            await self._supervisor.kill(record.id, run.attempt)
+        except NotFound:  # it has no process any more, and nobody is left to say so
+            await self._finish(record, None)
+        except TimedOut:
+            raise
+        except Problem:
+            run.stop_requested = asked
+            raise
 
     def _waited_for(self, record: AnyRecord) -> str:
         """Why a container that was killed has no end yet."""
@@ -341,7 +351,7 @@ class Containers:
             run.started_at = max(time_of(life.start_time), run.created_at or "")
         run.pid, run.start_time = life.pid, life.start_time
         self._ledger.note(record)
-        if life.running:
+        if life.running and life.log_trouble is not None:
             self._say_of_log(record, life.log_trouble)
         if not life.running:
             self._tasks.spawn(self._finish(record, life.exit_code, life.finished_at))

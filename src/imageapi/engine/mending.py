@@ -260,7 +260,10 @@ class Mender:
             if never := isinstance(problem, Conflict):
                 self._hopeless[record.key] = record.facts.helper
             return never
-        return not self._is_kept(record) or self._mended(record, facts, complaint)
+        if not self._is_kept(record):
+            self._put_aside(record)
+            return True
+        return self._mended(record, facts, complaint)
 
     def _put_aside(self, record: AnyRecord) -> None:
         """It is deleted, or on its way out, from where it may come back."""

@@ -60,7 +60,9 @@ def restore(site: Site) -> bool:
     which the next server would not know what is ours. Whether anything was. Raises: OSError."""
     missing = [each for each in _directories(site).items() if not os.path.isdir(each[0])]
     for directory, mode in missing:
-        os.makedirs(directory, mode)
+        os.makedirs(os.path.dirname(directory), PUBLIC, exist_ok=True)
+        os.mkdir(directory, mode)
+        os.chmod(directory, mode)  # whatever umask we were started with
     if _noted(site.run_dir) == site.instance:
         return bool(missing)
     whole.write(f"{site.run_dir}/instance", f"{site.instance}\n".encode())
