@@ -183,11 +183,17 @@ def test_what_is_no_request_is_told_so_and_the_connection_ends(service: Service,
     assert service.say(GET) == (200, [])
 
 
-def test_what_is_no_request_is_told_with_the_reason(service: Service) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("a length and chunks", "Content-Length"), ("a tunnel", "is no path")])
+def test_what_is_no_request_is_told_with_the_reason(service: Service, name: str, reason: str) -> None:
     with service.connect() as peer:
-        peer.send(NOISE["a length and chunks"])
+        peer.send(NOISE[name])
         _, problem = peer.answer()
-        assert "Content-Length" in problem["message"]
+        assert reason in problem["message"]
+
+
+def test_a_target_may_name_the_host_and_no_path(service: Service) -> None:
+    """RFC 9112, 3.2.2."""
+    assert service.say(b"GET http://localhost HTTP/1.1\r\n" + HOST + b"\r\n")[0] != 400
 
 
 @pytest.mark.parametrize(

@@ -266,8 +266,13 @@ class Connection(asyncio.Protocol):
         self._check_head(len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers))
         if self._transport.is_closing():
             return
+        try:
+            scope = self._scope()
+        except httptools.HttpParserInvalidURLError:
+            self._refuse(Malformed("the target of the request is no path, as /imageapi/v1/container is"))
+            return
         keep_alive = self._parser.get_http_version() != "1.0" and self._parser.should_keep_alive()
-        self._current = Exchange(self._scope(), self, self._answered, keep_alive=keep_alive)
+        self._current = Exchange(scope, self, self._answered, keep_alive=keep_alive)
         self._part = Part.BODY
         self._due.append(self._current)
         if len(self._due) == 1:
@@ -277,14 +282,15 @@ class Connection(asyncio.Protocol):
 
     def _scope(self) -> dict[str, Any]:
         url = httptools.parse_url(self._url)
-        path = url.path.decode("ascii")
+        raw = url.path or b"/"  # RFC 9112, 3.2.2
+        path = raw.decode("ascii")
         return {
             "type": "http",
             "scheme": self._kind.scheme,
             "server": self._server,
             "method": self._parser.get_method().decode("ascii"),
             "path": _unquoted(path) if "%" in path else path,
-            "raw_path": url.path,
+            "raw_path": raw,
             "query_string": url.query or b"",
             "headers": self._headers,
         }
