@@ -41,6 +41,12 @@ def test_it_ends_when_the_command_is_executed(supervised: Supervised) -> None:
     assert pidfd.start_time(started.pid) is not None
 
 
+def test_it_goes_after_its_child(supervised: Supervised) -> None:
+    """It is woken in the middle of an exec, on the same processor, to do what nobody waits for."""
+    child, lent_by = pair_in_waiting(supervised)
+    assert (os.sched_getscheduler(lent_by), os.sched_getscheduler(child)) == (os.SCHED_IDLE, os.SCHED_OTHER)
+
+
 def test_it_ends_with_a_child_that_is_killed(supervised: Supervised) -> None:
     """And never runs again: else it would go on where the child has left the stack they share."""
     child, lent_by = pair_in_waiting(supervised)
