@@ -14,7 +14,7 @@ import pytest
 
 from imageapi import errors
 from imageapi.config import Site
-from imageapi.drivers import storage_daemon
+from imageapi.drivers import aside, storage_daemon
 from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import daemon, kernel, keys, monitors, options, refusals
 from imageapi.drivers.ceph.monitors import Address, Monitor
@@ -330,6 +330,33 @@ def test_a_release_unmaps_our_device(tmp_path: Path) -> None:
     mapped(root, 4, f"key={site.mark(Key('attach', 1))}")
     kernel.release(Key("attach", 1), rbd(), site, root)
     assert Path(root, "remove_single_major").read_text() == "4"
+
+
+def test_a_release_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it works where the run directory has no room."""
+    site = Site(run_dir=str(tmp_path), instance="12345678")
+    root = bus(tmp_path / "rbd")
+    mapped(root, 4, f"key={site.mark(Key('attach', 1))}")
+
+    def seen(*_: object, root: str) -> None:
+        Path(root, "seen").write_text(str(os.listdir(site.helpers_dir)))
+
+    monkeypatch.setattr(krbd, "unmap", seen)
+    kernel.release(Key("attach", 1), rbd(), site, root)
+    assert Path(root, "seen").read_text() == "[]"
+
+
+def test_what_the_host_lacks_is_not_taken_for_the_kernels_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run")
+
+    monkeypatch.setattr(kernel, "command", lambda *_: "a line")
+    monkeypatch.setattr(aside, "_locked", lacking)
+    with pytest.raises(OSError) as refusal:
+        kernel.acquire(Key("attach", 1), rbd(), Site(run_dir=str(tmp_path)), bus(tmp_path / "rbd"))
+    assert refusal.value.errno == errno.ENOSPC
 
 
 LOG = "rbd: image image: image uses unsupported features: 0x440"

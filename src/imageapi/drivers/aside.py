@@ -4,8 +4,10 @@ Some of the kernel's waits for a store end for a fatal signal only. What such a 
 ever: an rbd image whose unmapping is broken off stays locked in its cluster, and nobody can write to it again while
 this host lives. So the process is nobody's child, and neither our end nor the server's reaches it.
 
-While a call is under way its file is locked, which the kernel ends when the process is gone: whoever undoes what the
-call makes waits for that first. The file is in a directory of root's alone, so that nobody else can hold us up.
+While a call is under way its place is locked, which the kernel ends when the process is gone: whoever undoes what the
+call makes waits for that first. The place is a byte of a directory, which the kernel locks though there is nothing at
+it: so no call needs a file made, and a delete works where there is no room for one. The directory is root's alone, so
+that nobody else can hold us up.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from imageapi.drivers import locks
 from imageapi.errors import TimedOut
@@ -27,41 +30,53 @@ KILLED = 1.0
 """Seconds that a process has to end once it was killed; one that waits where no signal reaches it takes longer."""
 _BUG = 255
 """What a process writes whose call failed by something else than the kernel; an errno is its own number, and 0 success.
-One that is killed writes nothing."""
+Before it comes whether the function was called at all. One that is killed writes nothing."""
 
 
-def call(path: str, seconds: float, function: Callable[[], object], *, expendable: bool) -> None:
-    """Have `function` called, of which only the effect on the kernel counts, with the file `path` locked. One that
-    takes longer than `seconds` is killed when it is `expendable`, and goes on otherwise.
+class Place(NamedTuple):
+    """What is locked while a call is under way: the byte `number` of a directory."""
 
-    Raises: TimeoutError; the OSError that `function` raised; OSError(EALREADY) while another call is under way.
+    directory: str
+    number: int
+
+
+class Refused(OSError):
+    """The OSError that the function raised: any other says that it was not called."""
+
+
+def call(place: Place, seconds: float, function: Callable[[], object], *, expendable: bool) -> None:
+    """Have `function` called, of which only the effect on the kernel counts, with `place` locked. One that takes
+    longer than `seconds` is killed when it is `expendable`, and goes on otherwise.
+
+    Raises: TimeoutError; Refused, when `function` raised an OSError; OSError(EALREADY) while another call is under way;
+    OSError when the host has run out of what a call takes.
     """
     reading, writing = os.pipe()
     with contextlib.ExitStack() as opened:
         opened.callback(os.close, reading)
         with contextlib.ExitStack() as handed:
             handed.callback(os.close, writing)
-            lock = _locked(path)
+            lock = _locked(place)
             handed.callback(os.close, lock)
             child = os.fork()
             if child == 0:
-                _leave(path, lock, writing, seconds if expendable else 0, function)
+                _leave(lock, writing, seconds if expendable else 0, function)
         os.waitpid(child, 0)
-        _hear(reading, seconds + (KILLED if expendable else 0), path)
+        _hear(reading, seconds + (KILLED if expendable else 0))
 
 
-def _leave(path: str, lock: int, writing: int, seconds: float, function: Callable[[], object]) -> None:
+def _leave(lock: int, writing: int, seconds: float, function: Callable[[], object]) -> None:
     """In the child: end, and leave one behind that has no parent, and nothing of ours but its lock and its answer. The
-    file is gone when the answer is there."""
+    place is free when the answer is there."""
     try:
         if os.fork() == 0:
             _detach(lock, writing)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             answer = _outcome(function)
-            _unlock(path, lock)
-            os.write(writing, bytes([answer]))
+            os.close(lock)
+            os.write(writing, bytes([True, answer]))
     except OSError as error:
-        os.write(writing, bytes([error.errno or _BUG]))
+        os.write(writing, bytes([False, error.errno or _BUG]))
     finally:
         os._exit(0)
 
@@ -86,67 +101,59 @@ def _outcome(function: Callable[[], object]) -> int:
     return 0
 
 
-def _hear(reading: int, seconds: float, what: str) -> None:
+def _hear(reading: int, seconds: float) -> None:
     """The end of the call, as `call` raises it."""
     ready, _, _ = select.select([reading], [], [], max(seconds, 0))
-    answer = os.read(reading, 1) if ready else b""
+    answer = os.read(reading, 2) if ready else b""
     if not answer:
-        raise TimeoutError(errno.ETIMEDOUT, "it has not come back in time", what)
-    if number := answer[0]:
-        raise RuntimeError(f"{what}: a bug") if number == _BUG else OSError(number, os.strerror(number), what)
+        raise TimeoutError(errno.ETIMEDOUT, "it has not come back in time")
+    called, number = answer
+    if number == _BUG:
+        raise RuntimeError("what was called aside failed: a bug")
+    if number:
+        raise (Refused if called else OSError)(number, os.strerror(number))
 
 
-def settled(path: str, seconds: float, what: str) -> None:
-    """Return once no call with this file is under way.
+def settled(place: Place, seconds: float, what: str) -> None:
+    """Return once no call with this place is under way.
 
     Raises: errors.TimedOut, which says `what`, when one still is.
     """
     end, pause = time.monotonic() + seconds, FIRST_PAUSE
-    while not _is_free(path):
+    while not _is_free(place):
         if time.monotonic() > end:
             raise TimedOut(what)
         time.sleep(pause)
         pause *= 2
 
 
-def _locked(path: str) -> int:
-    """A descriptor of the file, made and locked. Raises: OSError(EALREADY)."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    while True:
-        with contextlib.ExitStack() as undo:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            undo.callback(os.close, lock)
-            if not locks.try_lock(lock):
-                raise OSError(errno.EALREADY, "a call is under way", path)
-            if _is_at(path, lock):
-                undo.pop_all()
-                return lock
+def _locked(place: Place) -> int:
+    """A descriptor that holds the lock. A directory cannot be opened for writing, and so each lock of its bytes is one
+    that others can share: whoever has it looks for others then, and of two that come at once both may give way.
+
+    Raises: OSError; OSError(EALREADY).
+    """
+    os.makedirs(place.directory, mode=0o700, exist_ok=True)
+    with contextlib.ExitStack() as undo:
+        lock = _opened(place)
+        undo.callback(os.close, lock)
+        locks.share_byte(lock, place.number)
+        if locks.others_share_byte(lock, place.number):
+            raise OSError(errno.EALREADY, "a call is under way")
+        undo.pop_all()
+        return lock
 
 
-def _is_at(path: str, lock: int) -> bool:
-    """Whether the file that is locked is there still."""
+def _is_free(place: Place) -> bool:
     try:
-        return os.path.samestat(os.fstat(lock), os.stat(path))
+        looking = _opened(place)
     except FileNotFoundError:
-        return False
-
-
-def _unlock(path: str, lock: int) -> None:
-    """The file goes with its lock: nobody has another one of its name then."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    os.close(lock)
-
-
-def _is_free(path: str) -> bool:
-    """One that was killed has left its file."""
-    if not os.path.exists(path):
         return True
     try:
-        lock = _locked(path)
-    except OSError as error:
-        if error.errno != errno.EALREADY:
-            raise
-        return False
-    _unlock(path, lock)
-    return True
+        return not locks.others_share_byte(looking, place.number)
+    finally:
+        os.close(looking)
+
+
+def _opened(place: Place) -> int:
+    return os.open(place.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

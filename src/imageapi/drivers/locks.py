@@ -1,12 +1,17 @@
-"""Locks that several processes share: flock(2), which the kernel frees with the last descriptor of what was opened."""
+"""Locks that several processes share: of a whole file by flock(2), or of one of its bytes by fcntl(2). The kernel frees
+both with the last descriptor of what was opened."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import struct
 
 from imageapi.drivers.deadline import Deadline
+
+_FLOCK = struct.Struct("hhqqi0q")
+"""struct flock of fcntl(2): type, whence, start, length, pid."""
 
 
 def locked_directory(path: str, deadline: Deadline) -> int | None:
@@ -34,3 +39,18 @@ def try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def share_byte(descriptor: int, number: int) -> None:
+    """Lock the byte `number`, which need not be there, for whoever has what was opened: a child that was forked, too.
+
+    Raises: OSError.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
+
+
+def others_share_byte(descriptor: int, number: int) -> bool:
+    """Whether anybody else has locked it."""
+    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))
+    return bool(kind != fcntl.F_UNLCK)

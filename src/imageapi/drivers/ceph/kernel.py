@@ -60,7 +60,7 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
             try:
                 mark = site.mark(key)
                 aside.call(_making(key, site), deadline.left(), lambda: _map(text, mark, secret, root), expendable=True)
-            except OSError as error:
+            except (aside.Refused, TimeoutError) as error:
                 raise refusals.explain(error, definition, refusals.said(log)) from None
         return _checked(find(key, definition, site, root), definition, root)
     except (OSError, Problem):
@@ -68,14 +68,14 @@ def acquire(key: Key, definition: Rbd, site: Site, root: str = krbd.BUS) -> str:
         raise
 
 
-def _making(key: Key, site: Site) -> str:
-    """The file that is locked while a mapping is under way."""
-    return f"{site.helpers_dir}/map-{key.collection}-{key.id}"
+def _making(key: Key, site: Site) -> aside.Place:
+    """What is locked while a mapping is under way. Every key here is an attachment's."""
+    return aside.Place(site.helpers_dir, 2 * key.id)
 
 
-def _unmaking(key: Key, site: Site) -> str:
+def _unmaking(key: Key, site: Site) -> aside.Place:
     """The same of an unmapping."""
-    return f"{site.helpers_dir}/unmap-{key.collection}-{key.id}"
+    return aside.Place(site.helpers_dir, 2 * key.id + 1)
 
 
 def _map(text: str, mark: str, secret: bytes, root: str) -> None:
@@ -178,7 +178,7 @@ def _unmapped(key: Key, definition: Rbd, number: int, site: Site, root: str) -> 
         unmap(key, number, site, root)
     except TimeoutError:
         raise TimedOut(waits_for_osds(definition), path="$.monitors") from None
-    except OSError as error:
+    except aside.Refused as error:
         if error.errno == errno.EBUSY:
             return False
         if error.errno != errno.ENOENT:
