@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import threading
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from imageapi.drivers import aside, storage_daemon
 from imageapi.drivers.attach.rbd import Driver
 from imageapi.drivers.ceph import daemon, kernel, keys, monitors, options, refusals
 from imageapi.drivers.ceph.monitors import Address, Monitor
+from imageapi.drivers.deadline import Deadline
 from imageapi.linux import krbd, sysfs
 from imageapi.records import Key
 from imageapi.spec import MASK, Rbd, RbdOptions, Secret
@@ -410,11 +412,56 @@ def test_the_kernel_is_told_of_monitors_that_speak_its_way(
             kernel.spoken_to(found, mode)
 
 
-def test_of_two_that_open_an_image_at_once_the_later_one_gives_way(tmp_path: Path) -> None:
+FIRST, SECOND, THIRD = (Key("attach", number) for number in range(3))
+
+
+@pytest.fixture
+def noted(tmp_path: Path) -> Site:
+    """A site where three attachments have noted one image, by other monitors of the same cluster."""
     site = Site(run_dir=str(tmp_path), instance="12345678")
-    first, second = (Key("attach", number) for number in range(2))
-    for key, addresses in ((first, ["10.0.0.1", "10.0.0.2"]), (second, ["10.0.0.2"])):
-        note = Path(storage_daemon.private_path(site, key, daemon.OPENED))
-        note.parent.mkdir(parents=True)
-        note.write_bytes(msgspec.json.encode(daemon.Opened(["rbd", "", "image"], addresses, read_only=key == first)))
-    assert (daemon._rival(first, site), daemon._rival(second, site)) == (None, first)
+    for key, addresses in ((FIRST, ["10.0.0.1", "10.0.0.2"]), (SECOND, ["10.0.0.2"]), (THIRD, ["10.0.0.1"])):
+        note(site, key, addresses)
+    return site
+
+
+def note(site: Site, key: Key, addresses: list[str], image: str = "image", *, read_only: bool = False) -> None:
+    path = Path(storage_daemon.private_path(site, key, daemon.OPENED))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.encode(daemon.Opened(["rbd", "", image], addresses, read_only)))
+
+
+def stays(key: Key, site: Site) -> bool:
+    try:
+        daemon._check_alone(key, site, Deadline(10))
+    except errors.Conflict:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("order", list(permutations((FIRST, SECOND, THIRD))))
+def test_of_those_that_open_an_image_at_once_one_stays(noted: Site, order: tuple[Key, ...]) -> None:
+    """The second and the third do not know of each other, since they name no monitor in common."""
+    staying = [key for key in order if stays(key, noted)]
+    assert staying[-1] == order[-1]
+    assert len(staying) == 1 or set(staying) == {SECOND, THIRD}
+
+
+def test_one_that_comes_gives_way_to_one_that_stands_with_a_higher_number(noted: Site) -> None:
+    """Its name server was slow."""
+    Path(storage_daemon.private_path(noted, FIRST, daemon.OPENED)).unlink()
+    assert stays(SECOND, noted)
+    note(noted, FIRST, ["10.0.0.2"])
+    assert not stays(FIRST, noted)
+    assert stays(SECOND, noted)
+
+
+def test_those_that_only_read_an_image_or_have_another_stay(noted: Site) -> None:
+    note(noted, FIRST, ["10.0.0.1"], read_only=True)
+    note(noted, SECOND, ["10.0.0.1"], "other")
+    note(noted, THIRD, ["10.0.0.1"], read_only=True)
+    assert all(stays(key, noted) for key in (FIRST, SECOND, THIRD))
+
+
+def test_they_look_one_after_the_other(noted: Site) -> None:
+    with daemon._alone(noted, Deadline(10)), pytest.raises(TimeoutError):
+        daemon._check_alone(FIRST, noted, Deadline(0.01))

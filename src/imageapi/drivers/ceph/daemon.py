@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import msgspec
 
 from imageapi.config import Site
-from imageapi.drivers import exported, storage_daemon
+from imageapi.drivers import exported, locks, storage_daemon
 from imageapi.drivers.ceph import keys, monitors, options
 from imageapi.drivers.deadline import Deadline
 from imageapi.drivers.qmp import QmpError
@@ -44,18 +45,40 @@ def acquire(key: Key, definition: Rbd, site: Site) -> str:
     with contextlib.ExitStack() as undo:
         undo.callback(release, key, definition, site)
         if not definition.options.force:
-            _check_alone(key, site)
+            _check_alone(key, site, deadline)
         undo.pop_all()
     return device
 
 
-def _check_alone(key: Key, site: Site) -> None:
-    if (other := _rival(key, site)) is not None:
+def _check_alone(key: Key, site: Site, deadline: Deadline) -> None:
+    """See that this is the image's only attachment here, or that none of them can write, whatever the monitors are
+    called. Each has noted its own before it looks for others: so of two that come at once the one that looks later sees
+    the other. They look one at a time, and one that gives way takes its note away before the next one looks: so only
+    one of the two does. The note of one that was killed is there until it is released.
+
+    Raises: errors.Conflict; TimeoutError.
+    """
+    with _alone(site, deadline):
+        other = _rival(key, site)
+        if other is not None:
+            os.unlink(storage_daemon.private_path(site, key, OPENED))
+    if other is not None:
         raise Conflict(
             f"the image is attached already, as {other}, by an address of the same monitors, and one of the two could "
             "write to it: make both read-only, or set options.force",
             path="$.image",
         )
+
+
+@contextlib.contextmanager
+def _alone(site: Site, deadline: Deadline) -> Iterator[None]:
+    """What is done within nobody else does meanwhile. Raises: TimeoutError."""
+    directory = locks.locked_directory(site.helpers_dir, deadline)
+    try:
+        yield
+    finally:
+        if directory is not None:
+            os.close(directory)
 
 
 class Opened(msgspec.Struct):
@@ -67,10 +90,9 @@ class Opened(msgspec.Struct):
 
 
 def _rival(key: Key, site: Site) -> Key | None:
-    """An older attachment of the same image, whatever its monitors are called, if either can write. Each notes its own
-    before it looks for others: of two that come at once the later one sees the other, and gives way."""
+    """Another attachment of the same image, if either can write."""
     own = _opened(key, site)
-    others = ((other, _opened(other, site)) for other in storage_daemon.exports(site) if other < key)
+    others = ((other, _opened(other, site)) for other in storage_daemon.exports(site) if other != key)
     return next((other for other, found in others if own and found and _clash(own, found)), None)
 
 
