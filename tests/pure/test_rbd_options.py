@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import selectors
 import socket
 import threading
 from itertools import permutations
@@ -410,6 +411,26 @@ def test_the_kernel_is_told_of_monitors_that_speak_its_way(
     else:
         with pytest.raises(errors.Invalid, match="ms_mode"):
             kernel.spoken_to(found, mode)
+
+
+def test_the_monitors_names_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time may take as long as a silent name server does."""
+    asked = []
+
+    def resolved(host: bytes, port: int, **_: object) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    def answering(waiting: selectors.BaseSelector, _: float) -> list[Address]:
+        return [Address(each.data[0], each.data[1], "v1") for each in waiting.get_map().values()]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: None)
+    monkeypatch.setattr(monitors, "_listen", answering)
+    files = daemon.source(Key("attach", 1), rbd(), Site(run_dir=str(tmp_path))).files
+    assert "mon host = v1:10.0.0.1:6789" in files[daemon.CONF]
+    assert msgspec.json.decode(files[daemon.OPENED], type=daemon.Opened).addresses == ["10.0.0.1"]
+    assert len(asked) == 1
 
 
 FIRST, SECOND, THIRD = (Key("attach", number) for number in range(3))

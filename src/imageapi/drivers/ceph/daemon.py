@@ -144,18 +144,20 @@ def source(key: Key, definition: Rbd, site: Site) -> Source:
     if chosen.secret is not None:
         keys.decoded(chosen.secret)
     asked = monitors.parse(definition.monitors, options.default_port(chosen))
-    answering = monitors.reachable(asked, min(monitors.PROBE_TIMEOUT, options.connect_timeout(chosen)))
+    addresses = monitors.resolve(asked)
+    seconds = min(monitors.PROBE_TIMEOUT, options.connect_timeout(chosen))
+    answering = monitors.reachable(asked, seconds, addresses)
     lines.append("mon host = " + ",".join(map(str, answering)))
     conf = "\n".join(["[global]", *lines, ""])
     blockdev = _blockdev(definition, storage_daemon.private_path(site, key, CONF))
-    files = {CONF: conf, OPENED: _note(definition, asked)}
+    files = {CONF: conf, OPENED: _note(definition, addresses)}
     return Source(_group(definition), blockdev, chosen.secret, files, options.read_only(definition))
 
 
-def _note(definition: Rbd, asked: Sequence[monitors.Monitor]) -> str:
+def _note(definition: Rbd, addresses: Sequence[tuple[str, int]]) -> str:
     image = [definition.pool, definition.options.namespace or "", definition.image, definition.snapshot or ""]
-    addresses = sorted({ip for ip, _ in monitors.resolve(asked)})
-    return msgspec.json.encode(Opened(image, addresses, options.read_only(definition))).decode()
+    ips = sorted({ip for ip, _ in addresses})
+    return msgspec.json.encode(Opened(image, ips, options.read_only(definition))).decode()
 
 
 def _blockdev(definition: Rbd, conf: str) -> dict[str, Any]:

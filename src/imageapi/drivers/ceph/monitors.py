@@ -94,14 +94,17 @@ def resolve(monitors: Sequence[Monitor]) -> list[tuple[str, int]]:
     return list(found)
 
 
-def reachable(monitors: Sequence[Monitor], seconds: float = PROBE_TIMEOUT) -> list[Address]:
-    """The monitors that answer now; it does not wait for the slow ones once one has.
+def reachable(
+    monitors: Sequence[Monitor], seconds: float = PROBE_TIMEOUT, addresses: Sequence[tuple[str, int]] | None = None
+) -> list[Address]:
+    """The monitors that answer now; it does not wait for the slow ones once one has. `addresses` are what they have
+    been resolved to, if they have: a name server that is silent takes many seconds each time.
 
     Raises: errors.TimedOut when none does within `seconds`; errors.Invalid for unknown names.
     """
     with contextlib.ExitStack() as stack:
         waiting = stack.enter_context(selectors.DefaultSelector())
-        for address in resolve(monitors):
+        for address in resolve(monitors) if addresses is None else addresses:
             _connect(address, waiting, stack)
         found = _listen(waiting, seconds)
     if not found:
