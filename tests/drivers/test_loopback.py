@@ -13,7 +13,7 @@ import pytest
 from drivers.bench import Bench
 from drivers.exporting import ATTRIBUTES_VALID
 from imageapi.drivers import block
-from imageapi.errors import Conflict, Invalid
+from imageapi.errors import Conflict, Invalid, TimedOut
 from imageapi.linux import killable, loop, mount
 from imageapi.records import AnyRecord, Facts
 from lab import fuse, images
@@ -186,9 +186,44 @@ def test_the_search_for_a_device_does_not_wait_for_the_dead_file_of_another(benc
         image.hang()
         time.sleep(ATTRIBUTES_VALID)
         found = killable.ask({"": lambda: block.find_loop(bench.site.mark(made.key), None)}, 10)
+        image.work()
+        assert found == {"": device_of(made)}
+        bench.release(other)
+
+
+def test_a_device_that_does_not_say_whose_it_is_may_be_the_one_that_is_looked_for(bench: Bench, tmp_path: Path) -> None:
+    """A crash came before its record knew the device, and then its store was lost: a release must not be done with it
+    as if there were none."""
+    with fuse.shown(tmp_path) as image:
+        record = bench.acquire(bench.loopback(path=str(image.path)))
+        device = device_of(record)
+        mount.umount(str(image.path), mount.MNT_DETACH)
+        image.hang()
+        time.sleep(ATTRIBUTES_VALID)
+        record.facts = Facts()
+        try:
+            with pytest.raises(TimedOut, match=f"{device} on .* it is tried again"):
+                bench.release(record)
+            assert block.find_loop("imageapi:none", None, only="/another") is None
+        finally:
+            image.work()
+        assert loop.status(device) is not None
+        bench.release(record)
+        assert loop.status(device) is None
+
+
+def test_a_mounted_device_that_does_not_say_whose_it_is_holds_up_no_release(bench: Bench, tmp_path: Path) -> None:
+    """What is half made is mounted nowhere."""
+    with fuse.shown(tmp_path) as image:
+        other = bench.acquire(bench.loopback(path=str(image.path)))
+        mounted = bench.acquire(bench.attach(other))
+        mount.umount(str(image.path), mount.MNT_DETACH)
+        image.hang()
+        time.sleep(ATTRIBUTES_VALID)
         nothing = killable.ask({"": lambda: block.find_loop("imageapi:none", None)}, 10)
         image.work()
-        assert (found, nothing) == ({"": device_of(made)}, {"": None})
+        assert nothing == {"": None}
+        bench.release(mounted)
         bench.release(other)
 
 

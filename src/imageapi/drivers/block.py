@@ -9,7 +9,7 @@ from functools import partial
 
 from imageapi.drivers import holders, partitions
 from imageapi.drivers.audit import Host
-from imageapi.errors import Conflict, Invalid
+from imageapi.errors import Conflict, Invalid, TimedOut
 from imageapi.linux import blockqueue, loop, mountinfo, users
 from imageapi.records import Facts, Helper
 
@@ -22,14 +22,17 @@ def marked(prefix: str, file: str = "") -> dict[str, str]:
     file that is a FUSE mount. Whoever asks for the name asks the file, and one that is another host's may hang: so
     those are asked aside, and what does not answer is left out. Where the path ends with `file`, the caller depends on
     it, and it is asked all the same."""
+    return _marked(prefix, file, "")[0]
+
+
+def _marked(prefix: str, file: str, only: str) -> tuple[dict[str, str], list[str]]:
+    """The same, of those on a file with the path `only` (any, when ""); and the devices that did not answer."""
     host, exports = Host(), _exports()
-    backing = {device: loop.backing_path(device) for device in loop.in_use()}
+    backing = {device: path for device in loop.in_use() if (path := loop.backing_path(device)) == only or not only}
     sure = {device for device, path in backing.items() if (file and path.endswith(file)) or _is_here(path, host)}
     doubtful = [device for device, path in backing.items() if device not in sure and path not in exports]
-    names = loop.marked(prefix, among=sure)
-    if doubtful:
-        names |= _names(_asked_aside(doubtful), prefix)
-    return names
+    names, silent = _asked_aside(doubtful, prefix)
+    return loop.marked(prefix, among=sure) | names, silent
 
 
 def _is_here(path: str, host: Host) -> bool:
@@ -37,10 +40,15 @@ def _is_here(path: str, host: Host) -> bool:
     return host.is_local(path) and os.path.lexists(path) and not os.path.isdir(path)
 
 
-def _asked_aside(devices: Iterable[str]) -> dict[str, object]:
+def _asked_aside(devices: Collection[str], prefix: str) -> tuple[dict[str, str], list[str]]:
+    """Those of the devices whose name begins with `prefix`, by name, and those that did not answer."""
+    if not devices:
+        return {}, []
     from imageapi.linux import killable  # only few have use for it, and all are forked from one that loads nothing more
 
-    return killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)
+    answers = killable.ask({device: partial(loop.status, device) for device in devices}, ASKING)
+    silent = [device for device, answer in answers.items() if isinstance(answer, TimeoutError)]
+    return _names(answers, prefix), silent
 
 
 def _names(answers: Mapping[str, object], prefix: str) -> dict[str, str]:
@@ -57,18 +65,36 @@ def marked_besides(prefix: str, known: Collection[str]) -> tuple[dict[str, str],
     be on a server that is gone."""
     exports = _exports()
     devices = [each for each in loop.in_use() if each not in known and loop.backing_path(each) not in exports]
-    answers = _asked_aside(devices)
-    silent = [device for device, answer in answers.items() if isinstance(answer, TimeoutError)]
-    return _names(answers, prefix), silent
+    return _asked_aside(devices, prefix)
 
 
-def find_loop(mark: str, known: str | None, file: str = "") -> str | None:
+def find_loop(mark: str, known: str | None, file: str = "", *, only: str = "") -> str | None:
     """The loop device that carries our `mark`: the one `known` from the record, else, when a crash came before that was
-    written, any; also one on `file` (see `marked`)."""
+    written, any, or one on a file with the path `only`; also one on `file` (see `marked`).
+
+    Raises: errors.TimedOut when it is not found, and may be one of those that did not answer. What is mounted is none
+    of them: whatever stood on ours was released before.
+    """
     if known is not None:
         state = loop.status(known)
         return known if state is not None and state.name == mark else None
-    return marked(mark, file).get(mark)
+    names, silent = _marked(mark, file, only)
+    if mark not in names and (unused := _unmounted(silent)):
+        raise _untold(mark, unused)
+    return names.get(mark)
+
+
+def _unmounted(devices: Collection[str]) -> list[str]:
+    mounted = {each.dev for each in mountinfo.read()} if devices else set[str]()
+    return [device for device in devices if loop.attribute(device, "dev") not in mounted]
+
+
+def _untold(mark: str, silent: Iterable[str]) -> TimedOut:
+    devices = ", ".join(f"{device} on {loop.backing_path(device)}" for device in silent)
+    return TimedOut(
+        f"it is not known whether {mark} has a loop device still, since these do not say whose they are: {devices}; "
+        "their store does not answer: see to it, or detach what nobody needs with 'losetup -d'; it is tried again"
+    )
 
 
 def facts(device: str, helper: Helper | None = None) -> Facts:

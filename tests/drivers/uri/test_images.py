@@ -15,7 +15,7 @@ from drivers.bench import Bench
 from imageapi.drivers.uri import room
 from imageapi.errors import Exhausted, Invalid, Problem
 from imageapi.linux import loop, memory, mount, mountinfo
-from imageapi.records import AnyRecord
+from imageapi.records import AnyRecord, Facts
 from lab import images
 from lab.archives import Member, archive
 from lab.web import Web
@@ -170,6 +170,14 @@ def test_it_is_in_memory_once_and_gone_with_its_mount(bench: Bench, tmp_path: Pa
     assert abs(shared_memory() - before - size) < slack
     bench.release(record)
     assert shared_memory() - before < slack
+
+
+def test_one_that_was_half_made_is_found_again(bench: Bench) -> None:
+    """A crash came before its record knew the device."""
+    record = bench.acquire(bench.uri(f"file://{images.small_image()}", format="squashfs"))
+    record.facts = Facts(mountpoint=record.facts.mountpoint)
+    bench.release(record)
+    assert loop.marked(bench.site.mark_prefix) == {}
 
 
 def test_a_host_without_memory_is_told_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from imageapi.spec import Loopback, Uri, without_secrets
 log = logging.getLogger(__name__)
 
 IMAGE = "image"
-"""The name of an image in its tmpfs."""
+"""The name of an image in its tmpfs, which is mounted nowhere: so this is all of its path."""
 FIRST_LOOK = 4096
 """Bytes of an image by which it is known what it is."""
 AGAIN = 2
@@ -63,7 +63,7 @@ class Driver(MountDriver):
         mounts.release(record, site)
         if not image_type(record.definition):
             mounts.check_gone(f"the mount {record.key}", mark, record.facts.detail.get("dev"))
-        elif device := block.find_loop(mark, record.facts.detail.get("device")):
+        elif device := block.find_loop(mark, record.facts.detail.get("device"), only=f"/{IMAGE}"):
             block.detach_loop(device, mark)
 
     def observe(self, record: AnyRecord, site: Site) -> Facts | None:
