@@ -23,7 +23,8 @@ SHARED = "POST until `running`, the image in use already"
 NSPAWN = "systemd-nspawn --boot, on a mounted root"
 INIT = "/usr/lib/systemd/systemd"
 PAUSE = 0.005
-"""Seconds between two questions, each of which takes a processor for some milliseconds."""
+"""Seconds between two questions, until systemd listens. The one that it hears waits for the answer: each takes a
+processor for some milliseconds, and asked without end they took one of two."""
 
 
 def figure(lab: Lab) -> Figure:
@@ -126,5 +127,5 @@ def _await_running(first: Callable[[], int | None]) -> int:
 
 
 def _says_running(pid: int) -> bool:
-    asking = ["nsenter", "-t", str(pid), "-a", "systemctl", "is-system-running"]
-    return subprocess.run(asking, capture_output=True, text=True).stdout.strip() == "running"
+    asking = ["nsenter", "-t", str(pid), "-a", "systemctl", "is-system-running", "--wait"]
+    return subprocess.run(asking, capture_output=True, text=True, timeout=PATIENCE).stdout.strip() == "running"
