@@ -50,7 +50,8 @@ def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.sock
             tie = _introduced(ours)
             with contextlib.suppress(ProcessLookupError):
                 pidfd.send_signal(lender, signal.SIGQUIT)
-            _schedule(lender_pid, os.SCHED_IDLE)
+            with contextlib.suppress(OSError):
+                _schedule(lender_pid, os.SCHED_IDLE)
             pid = _noted(note)
             descriptor = pidfd.pidfd_open(pid)
             undo.pop_all()
@@ -110,7 +111,8 @@ def _end_unknown(note: mmap.mmap) -> None:
 def end(lender: int) -> None:
     """End a lender, if it has not ended by itself, and reap it; a child that has its memory keeps it."""
     if os.waitid(os.P_PIDFD, lender, os.WEXITED | os.WNOHANG) is None:
-        _schedule(pidfd.number(lender), os.SCHED_OTHER)
+        with contextlib.suppress(OSError):
+            _schedule(pidfd.number(lender), os.SCHED_OTHER)
         pidfd.send_signal(lender, signal.SIGKILL)
         os.waitid(os.P_PIDFD, lender, os.WEXITED)
     os.close(lender)
@@ -118,6 +120,5 @@ def end(lender: int) -> None:
 
 def _schedule(pid: int, policy: int) -> None:
     """A lender is of the policy SCHED_IDLE (sched(7)) unless somebody waits for its end: it is woken where its child is
-    in the middle of an exec, and would go first."""
-    with contextlib.suppress(OSError):  # it may not be allowed, and need not be
-        os.sched_setscheduler(pid, policy, os.sched_param(0))
+    in the middle of an exec, and would go first. That may fail, and costs time then. Raises: OSError."""
+    os.sched_setscheduler(pid, policy, os.sched_param(0))
