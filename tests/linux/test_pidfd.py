@@ -134,15 +134,6 @@ def test_two_descriptors_of_a_process_share_an_inode_that_is_its_own(sleeper: su
         os.close(descriptor)
 
 
-def test_its_number_is_known_until_it_is_reaped(sleeper: subprocess.Popen[bytes]) -> None:
-    descriptor = pidfd.pidfd_open(sleeper.pid)
-    assert pidfd.number(descriptor) == sleeper.pid
-    pidfd.send_signal(descriptor, signal.SIGKILL)
-    sleeper.wait()
-    assert pidfd.number(descriptor) == -1
-    os.close(descriptor)
-
-
 def test_a_file_is_no_pidfd(sleeper: subprocess.Popen[bytes]) -> None:
     descriptor, file = pidfd.pidfd_open(sleeper.pid), os.open("/dev/null", os.O_RDONLY)
     assert pidfd.is_pidfd(descriptor)

@@ -49,12 +49,6 @@ def pidfd_open(pid: int) -> int:
         raise
 
 
-def number(pidfd: int) -> int:
-    """The pid of the process; -1 when it has been reaped (pidfd_open(2), /proc/self/fdinfo)."""
-    lines = _read(f"/proc/self/fdinfo/{pidfd}").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(b"Pid:"))
-
-
 def send_signal(pidfd: int, number: int) -> None:
     """Send a signal. Raises: ProcessLookupError when the process has been reaped."""
     signal.pidfd_send_signal(pidfd, number)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from imageapi.linux import namespaces, pidfd
 from imageapi.runtime import init, lender, output
 from imageapi.runtime.keep import Keep
+from imageapi.runtime.lender import Lender
 from imageapi.runtime.protocol import encode
 
 RESERVE = 64
@@ -31,7 +32,7 @@ class Child(NamedTuple):
     """What is kept for it is kept under `name`. `tie` is our end of the pair that ties it to us: orders go down, and a
     failure comes up; the end of it is an exec. `output` is our end of its FIFO, `born` and `inode` are what it is known
     by again (pidfd.start_time, pidfd.inode), and `parked` whether the kernel could park its pidfd. `lender` is the
-    pidfd of the process whose memory it has, if it has not its own."""
+    process whose memory it has, if it has not its own."""
 
     name: str
     pid: int
@@ -41,7 +42,7 @@ class Child(NamedTuple):
     born: int
     inode: int | None
     parked: bool
-    lender: int | None
+    lender: Lender | None
 
     def order(self, orders: init.Orders, descriptors: Sequence[int]) -> None:
         """Say what it is to become. Raises: OSError, when it is no more."""
@@ -85,7 +86,7 @@ class Nursery(NamedTuple):
             pidfd.send_signal(child.pidfd, signal.SIGKILL)
         os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
         if child.lender is not None:
-            lender.end(child.lender)
+            child.lender.end()
         os.close(child.pidfd)
         os.close(child.output)
         child.tie.close()

@@ -17,11 +17,12 @@ import msgspec
 
 from imageapi import errors
 from imageapi.linux import cgroup, pidfd
-from imageapi.runtime import entries, init, lender, output
+from imageapi.runtime import entries, init, output
 from imageapi.runtime.child import Child
 from imageapi.runtime.clock import now
 from imageapi.runtime.entries import Entry
 from imageapi.runtime.groups import name_of
+from imageapi.runtime.lender import Lender
 from imageapi.runtime.loop import Timer
 from imageapi.runtime.protocol import Answer, Ended, Failed, Life, LogTrouble, Start, Started, encode
 from imageapi.runtime.surroundings import Surroundings
@@ -31,10 +32,7 @@ NOTE_AGAIN = 0.5
 NOTES = 16
 """How many messages of systemd's are taken in one turn."""
 OPEN_GATE = b"\n"
-KILLED_BEFORE = (
-    "the first process was killed before it could execute the command, by somebody or for want of memory (dmesg "
-    "tells); start it again"
-)
+KILLED_BEFORE = "its process was killed before it could execute the command, which dmesg may explain; ask again"
 FAILED_BY_ITSELF = (BrokenPipeError,)
 """What one meets who orders a child that was just born and has failed; it has said why, which is read as ever."""
 
@@ -59,7 +57,7 @@ class Container:
         self._output: output.Copier | None = None
         self._notify: socket.socket | None = None
         self._ours = self._parked = self._ended_before_gate = False
-        self._lender: int | None = None
+        self._lender: Lender | None = None
         self._unnoted: Timer | None = None
         self.entry: Entry
 
@@ -182,7 +180,7 @@ class Container:
         self._watch()
         self._around.loop.watch(child.tie.fileno(), self._on_tie)
         if child.lender is not None:
-            self._around.loop.watch(child.lender, self.end_lender)
+            self._around.loop.watch(child.lender.pidfd, self.end_lender)
 
     def _dismiss(self, child: Child) -> None:
         """Have nothing of a child that has no orders."""
@@ -210,8 +208,8 @@ class Container:
     def end_lender(self) -> None:
         """Have no process but the container's own."""
         if self._lender is not None:
-            self._around.loop.unwatch(self._lender)
-            lender.end(self._lender)
+            self._around.loop.unwatch(self._lender.pidfd)
+            self._lender.end()
             self._lender = None
 
     def _watch(self) -> None:
@@ -224,7 +222,7 @@ class Container:
 
     def _unwatch(self) -> None:
         """Watch nothing of what was watched of a child."""
-        ends = {self._pidfd, -1 if self._lender is None else self._lender}
+        ends = {self._pidfd, -1 if self._lender is None else self._lender.pidfd}
         ends |= {channel.fileno() for channel in (self._tie, self._notify) if channel is not None}
         ends |= set() if self._output is None else {self._output.end}
         for descriptor in ends:
@@ -249,6 +247,11 @@ class Container:
             life = msgspec.structs.replace(self.life, start_time=_ticks())
             self.entry = msgspec.structs.replace(self.entry, life=life)
             self._say(Started(life.id, life.attempt, life.pid, life.start_time, self._log_trouble or 0))
+        self._hurry_lender()
+
+    def _hurry_lender(self) -> None:
+        if self._lender is not None:
+            self._lender.hurry()
 
     @staticmethod
     def _listen_to(tie: socket.socket) -> bytes | None:
@@ -454,6 +457,7 @@ class Container:
     def _clear(self) -> None:
         """Let go of all that only a living container needs."""
         around, loop = self._around, self._around.loop
+        self._hurry_lender()
         if self._deadline is not None:
             self._deadline.cancel()
         for descriptor in (self._pidfd, -1 if self._output is None else self._output.end):

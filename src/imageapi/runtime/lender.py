@@ -19,6 +19,7 @@ import mmap
 import os
 import signal
 import socket
+from typing import NamedTuple
 
 from imageapi.linux import namespaces, pidfd, process
 
@@ -29,9 +30,40 @@ PATIENCE = 10.0
 """Seconds for a child to say that it is there."""
 
 
-def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.socket]:
-    """namespaces.clone in memory that is lent: the child's pid and pidfd, the lender's pidfd, and our end of a pair of
-    which the child has the other, and nobody else; in the child (0, -1, -1, its end).
+class Lender(NamedTuple):
+    """One that is a child of ours still.
+
+    The kernel wakes it where its child is in the middle of an exec, and it would go first there: so it is of the policy
+    SCHED_IDLE (sched(7)) until that is over. On a busy host it would not end for long then.
+    """
+
+    pid: int
+    pidfd: int
+
+    def wait(self) -> None:
+        """Let everybody go first."""
+        self._schedule(os.SCHED_IDLE)
+
+    def hurry(self) -> None:
+        """Let it end like any other process."""
+        self._schedule(os.SCHED_OTHER)
+
+    def _schedule(self, policy: int) -> None:
+        with contextlib.suppress(OSError):  # it may not be allowed, and costs time then
+            os.sched_setscheduler(self.pid, policy, os.sched_param(0))
+
+    def end(self) -> None:
+        """End it, if it has not ended by itself, and reap it; a child that has its memory keeps it."""
+        if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG) is None:
+            self.hurry()
+            pidfd.send_signal(self.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        os.close(self.pidfd)
+
+
+def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, Lender | None, socket.socket]:
+    """namespaces.clone in memory that is lent: the child's pid and pidfd, the lender, and our end of a pair of which
+    the child has the other, and nobody else; in the child (0, -1, None, its end).
 
     Raises: OSError.
     """
@@ -40,18 +72,17 @@ def clone(flags: int, cgroup_fd: int | None) -> tuple[int, int, int, socket.sock
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(PATIENCE)
     with note, ours, theirs:
-        lender_pid, lender = namespaces.clone(0)
-        if lender_pid == 0:
-            return 0, -1, -1, _lend(flags, cgroup_fd, supervisor, theirs, note)
+        lender = Lender(*namespaces.clone(0))
+        if lender.pid == 0:
+            return 0, -1, None, _lend(flags, cgroup_fd, supervisor, theirs, note)
         with contextlib.ExitStack() as undo:
             undo.callback(_end_unknown, note)
-            undo.callback(end, lender)
+            undo.callback(lender.end)
             theirs.close()
             tie = _introduced(ours)
             with contextlib.suppress(ProcessLookupError):
-                pidfd.send_signal(lender, signal.SIGQUIT)
-            with contextlib.suppress(OSError):
-                _schedule(lender_pid, os.SCHED_IDLE)
+                pidfd.send_signal(lender.pidfd, signal.SIGQUIT)
+            lender.wait()
             pid = _noted(note)
             descriptor = pidfd.pidfd_open(pid)
             undo.pop_all()
@@ -106,19 +137,3 @@ def _end_unknown(note: mmap.mmap) -> None:
     if pid := _noted(note):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def end(lender: int) -> None:
-    """End a lender, if it has not ended by itself, and reap it; a child that has its memory keeps it."""
-    if os.waitid(os.P_PIDFD, lender, os.WEXITED | os.WNOHANG) is None:
-        with contextlib.suppress(OSError):
-            _schedule(pidfd.number(lender), os.SCHED_OTHER)
-        pidfd.send_signal(lender, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, lender, os.WEXITED)
-    os.close(lender)
-
-
-def _schedule(pid: int, policy: int) -> None:
-    """A lender is of the policy SCHED_IDLE (sched(7)) unless somebody waits for its end: it is woken where its child is
-    in the middle of an exec, and would go first. That may fail, and costs time then. Raises: OSError."""
-    os.sched_setscheduler(pid, policy, os.sched_param(0))

@@ -24,7 +24,7 @@ import msgspec
 from imageapi import errors
 from imageapi.config import Site
 from imageapi.linux import memory, process, scope
-from imageapi.runtime import claim, entries, lender, output, protocol, surroundings
+from imageapi.runtime import claim, entries, output, protocol, surroundings
 from imageapi.runtime.child import Child
 from imageapi.runtime.container import Container
 from imageapi.runtime.entries import Entry
@@ -221,7 +221,7 @@ class Supervisor:
     def _at_rest(self) -> None:
         """Give back what only a start that comes soon is the faster for."""
         if self._spare is not None and self._spare.lender is not None:
-            lender.end(self._spare.lender)
+            self._spare.lender.end()
             self._spare = self._spare._replace(lender=None)
         memory.forget_code(self._around.nursery.given.code)
 
