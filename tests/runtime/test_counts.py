@@ -36,7 +36,6 @@ def test_a_start_is_few_calls(supervised: Supervised, tmp_path: Path) -> None:
     assert ours.index("sendto") <= 12, f"the gate is opened late: {ours}"  # 11, with three to watch the child
     before_the_next_fifo = list(takewhile("mknodat".__ne__, ours))
     assert len(before_the_next_fifo) <= 27, ours  # 25, with the end of the lender
-    assert before_the_next_fifo.count("sched_setscheduler") == 1, "the lender is let end, also on a busy host"
 
 
 def test_an_end_is_few_calls(supervised: Supervised, tmp_path: Path) -> None:

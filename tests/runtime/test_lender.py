@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -45,6 +46,18 @@ def test_it_goes_after_its_child(supervised: Supervised) -> None:
     """It is woken in the middle of an exec, on the same processor, to do what nobody waits for."""
     child, lent_by = pair_in_waiting(supervised)
     assert (os.sched_getscheduler(lent_by), os.sched_getscheduler(child)) == (os.SCHED_IDLE, os.SCHED_OTHER)
+
+
+def test_it_is_hurried_and_ended() -> None:
+    sleeper = subprocess.Popen(["sleep", "1000"])
+    one = lender.Lender(sleeper.pid, os.pidfd_open(sleeper.pid))
+    one.wait()
+    assert os.sched_getscheduler(one.pid) == os.SCHED_IDLE
+    one.hurry()
+    assert os.sched_getscheduler(one.pid) == os.SCHED_OTHER
+    one.end()
+    assert pidfd.look(one.pid) is None
+    sleeper.wait()
 
 
 def test_it_ends_with_a_child_that_is_killed(supervised: Supervised) -> None:
