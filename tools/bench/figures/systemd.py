@@ -23,8 +23,8 @@ SHARED = "POST until `running`, the image in use already"
 NSPAWN = "systemd-nspawn --boot, on a mounted root"
 INIT = "/usr/lib/systemd/systemd"
 PAUSE = 0.005
-"""Seconds between two questions, until systemd listens. The one that it hears waits for the answer: each takes a
-processor for some milliseconds, and asked without end they took one of two."""
+"""Seconds between two questions, until systemd listens. The one that it hears waits for the answer, since each takes a
+processor for some milliseconds."""
 
 
 def figure(lab: Lab) -> Figure:
