@@ -32,7 +32,7 @@ PYTEST := $(BIN)/python -m pytest
 # keep it, and takes ten times as long.
 COMPILED := $(BIN)/python -m compileall -q src tests tools
 
-.PHONY: help setup setup-dev install check test test-api test-drivers test-runtime test-quiet test-in-guests
+.PHONY: help setup setup-dev install check test test-api test-faults test-drivers test-runtime test-quiet test-in-guests
 .PHONY: test-drivers-in-guests test-nfs-in-guests test-pure lab soak demo bench bench-images flame lock clean .FORCE
 .PHONY: demo-packages test-packages lab-packages bench-packages
 
@@ -52,7 +52,7 @@ check: $(VENV)/stamp-dev  ## Lint and type-check.
 # of tests leaves out of its looks at this machine what is another run's, and what runs in guests is of no concern to
 # this machine's kernel. What needs a quiet machine comes when the others have ended. The longest shows how far it is;
 # what the others say comes at the end. A narrowed run is one.
-BESIDE := test-drivers test-runtime test-in-guests test-drivers-in-guests test-nfs-in-guests test-pure check
+BESIDE := test-faults test-drivers test-runtime test-in-guests test-drivers-in-guests test-nfs-in-guests test-pure check
 PARTS := test-quiet $(BESIDE)
 test: $(VENV)/stamp-dev test-packages  ## Check, and run every test on the real kernel, and on a stock one in guests (needs root).
 	$(COMPILED)
@@ -69,18 +69,23 @@ endif
 test-api:
 	$(PYTEST) -m "not guest and not pure and not quiet" tests/api
 
+test-faults:
+	$(PYTEST) -m "not guest and not pure and not quiet" tests/faults
+
 test-drivers:
 	$(PYTEST) -m "not guest and not pure" tests/drivers tests/tutorial
 
 test-runtime:
-	$(PYTEST) -m "not guest and not pure" --ignore=tests/api --ignore=tests/drivers --ignore=tests/tutorial
+	$(PYTEST) -m "not guest and not pure" --ignore=tests/api --ignore=tests/faults --ignore=tests/drivers \
+		--ignore=tests/tutorial
 
 test-quiet:
 	$(PYTEST) -m quiet
 
-log-of-test-drivers: | log-of-test-in-guests
-log-of-test-runtime: | log-of-test-drivers-in-guests
+log-of-test-drivers: | log-of-test-faults
+log-of-test-runtime: | log-of-test-in-guests
 log-of-test-nfs-in-guests: | test-api
+log-of-test-pure log-of-check: | log-of-test-drivers-in-guests
 log-of-test-quiet: $(BESIDE:%=log-of-%) | test-api
 
 test-in-guests:
