@@ -82,9 +82,9 @@ test-runtime:
 test-quiet:
 	$(PYTEST) -m quiet
 
-log-of-test-drivers: | log-of-test-faults
+log-of-test-drivers: | test-api
 log-of-test-runtime: | log-of-test-in-guests
-log-of-test-nfs-in-guests: | test-api
+log-of-test-nfs-in-guests: | log-of-test-faults
 log-of-test-pure log-of-check: | log-of-test-drivers-in-guests
 log-of-test-quiet: $(BESIDE:%=log-of-%) | test-api
 
