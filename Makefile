@@ -82,10 +82,10 @@ test-runtime:
 test-quiet:
 	$(PYTEST) -m quiet
 
-log-of-test-drivers: | test-api
-log-of-test-runtime: | log-of-test-in-guests
-log-of-test-nfs-in-guests: | log-of-test-faults
-log-of-test-pure log-of-check: | log-of-test-drivers-in-guests
+log-of-test-faults: | test-api
+log-of-test-drivers: | log-of-test-in-guests
+log-of-test-runtime: | log-of-test-drivers-in-guests
+log-of-test-nfs-in-guests: | log-of-test-runtime
 log-of-test-quiet: $(BESIDE:%=log-of-%) | test-api
 
 test-in-guests:
